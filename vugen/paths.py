@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['data_dir', 'checkpoints_dir', 'cache_dir', 'atomic_path']
 
-# %% ../nbs/paths.ipynb #ca160ce6
+# %% ../nbs/paths.ipynb #95cddf7e
 import os, shutil, uuid
 from contextlib import contextmanager
 from pathlib import Path
+import vugen
 from .errors import UserError
 
-# %% ../nbs/paths.ipynb #c3cda252
+# %% ../nbs/paths.ipynb #c6addd94
 def data_dir() -> Path:
     "The folder of the embedded checkpoints and small files, wherever the package was installed."
     named = os.environ.get("VUGEN_DATA")
     if named: return Path(named).expanduser()
-    package = Path(__file__).resolve().parent
+    package = Path(vugen.__file__).resolve().parent
     inside = package / "_data"
     return inside if inside.is_dir() else package.parent / "data"
 
