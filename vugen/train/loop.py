@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STATES_KEPT', 'Stage', 'sample_indices', 'step_seed', 'seed_everything', 'learning_rate_at', 'make_optimizer',
-           'trained_tensors', 'frozen_fingerprint', 'load_tensors', 'Ema', 'Training', 'make_accelerator', 'prepare',
-           'to_device', 'micro_batches', 'train_step', 'optimizer_tensors', 'load_optimizer', 'description',
-           'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log', 'duration', 'Progress',
-           'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'check_free', 'default_state', 'run',
-           'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line', 'stage_main']
+           'trained_tensors', 'frozen_fingerprint', 'load_tensors', 'training_mode', 'Ema', 'Training',
+           'make_accelerator', 'prepare', 'to_device', 'micro_batches', 'train_step', 'optimizer_tensors',
+           'load_optimizer', 'description', 'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log',
+           'duration', 'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'check_free',
+           'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
+           'stage_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -119,6 +120,13 @@ def load_tensors(module,  # module whose trainable parameters and buffers are ov
         if tensors[name].shape != value.shape: raise UserError(f"{source} holds {name!r} as {tuple(tensors[name].shape)} where the model has {tuple(value.shape)}: give the same preset, or begin again with --overwrite.")
         value.copy_(tensors[name])
 
+# %% ../../nbs/train/loop.ipynb #00e3ed9c
+def training_mode(module):
+    "Training mode, except for frozen parts: their batch statistics and dropout stay as in use."
+    module.train()
+    for prefix in _frozen_prefixes(module): module.get_submodule(prefix[:-1]).eval()
+    return module
+
 # %% ../../nbs/train/loop.ipynb #e975aa27
 class Ema:
     "Exponential moving average of the trainable parameters."
@@ -179,13 +187,12 @@ def make_accelerator(recipe, find_unused=False):
     precision = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp32": "no", "bf16": "bf16"}[recipe.precision]
     return Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
 
-# %% ../../nbs/train/loop.ipynb #9432b816
+# %% ../../nbs/train/loop.ipynb #d6e91151
 def prepare(stage, recipe, state):
     "Build the module from its seed and wrap it for this machine."
     accelerator = make_accelerator(recipe, getattr(stage, "find_unused_parameters", False))
     seed_everything(step_seed(recipe.seed, "build"))
-    module = stage.build()
-    module.train()
+    module = training_mode(stage.build())
     frozen, optimizer = frozen_fingerprint(module), make_optimizer(module, recipe)
     wrapped, wrapped_optimizer = accelerator.prepare(module, optimizer)
     module = accelerator.unwrap_model(wrapped)
@@ -230,9 +237,22 @@ def _all_finite(training, values):
     good = torch.stack([torch.isfinite(value.detach().float()).all() for value in values]).all().float()
     return bool(training.accelerator.reduce(good, reduction="mean").item() == 1) if training.world > 1 else bool(good)
 
-# %% ../../nbs/train/loop.ipynb #b64a6f8a
+# %% ../../nbs/train/loop.ipynb #8abe0f9f
+def _buffers(module):
+    "Copies of the buffers that a forward pass may change, such as batch statistics."
+    names = trained_tensors(module).keys() - {name for name, _ in module.named_parameters()}
+    return {name: value.clone() for name, value in module.named_buffers() if name in names}
+
+
+@torch.no_grad()
+def _put_back(module, buffers):
+    for name, value in module.named_buffers():
+        if name in buffers: value.copy_(buffers[name])
+
+# %% ../../nbs/train/loop.ipynb #3af5e7f5
 def train_step(training, batches):
     "One optimiser step; False, and no change, where the loss or the gradient is not finite."
+    buffers = _buffers(training.module)
     for group in training.optimizer.param_groups: group["lr"] = learning_rate_at(training.recipe, training.step)
     parts = [_backward(training, part, batch) for part, batch in enumerate(batches)]
     norm = _gradient_norm(training)
@@ -241,6 +261,7 @@ def train_step(training, batches):
         training.optimizer.step()
         if training.ema: training.ema.update(training.module)
         training.step += 1
+    else: _put_back(training.module, buffers)
     training.optimizer.zero_grad(set_to_none=True)
     for each in parts: _add(training.sums, {**each, "gradient_norm": norm}, 1 / len(parts))
     training.since += 1

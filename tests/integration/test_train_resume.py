@@ -1,0 +1,144 @@
+"""A training killed at any moment and resumed ends in the same bits; what goes wrong on the way leaves whole files and one sentence."""
+import importlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from vugen.errors import UserError
+from vugen.train.loop import read_log, stage_parser, states, train_stage
+from vugen.train.presets import Preset, Recipe, StagePreset
+
+STAGE = Path(__file__).with_name("line_stage.py")
+RECIPE = Recipe(steps=120, batch_size=16, learning_rate=0.01, warmup_steps=5, ema_decay=0.9, schedule="cosine", log_every=10, checkpoint_every=7, gradient_accumulation=2, seed=3)
+
+
+def write_preset(folder, recipe=RECIPE):
+    path = folder / "preset.json"
+    path.write_text(json.dumps(Preset("line", {"image_size": 32}, {"line": StagePreset({}, recipe)}).to_dict()))
+    return path
+
+
+def start(preset, out, *words, launcher=(), **environment):
+    command = [sys.executable, *launcher, str(STAGE), "--preset", str(preset), "--root", str(preset.parent), "--out", str(out), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=preset.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def complete(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def wait_for(condition, process, seconds=60):
+    "Until the condition holds; the process must not end before."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def step_in(out): return max([row["step"] for row in read_log(out.parent / f".state-{out.name}" / "log.jsonl")], default=0)
+
+
+def weights(out): return (out / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The run that nothing interrupts."
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = complete(start(write_preset(folder), folder / "line"))
+    assert code == 0, err
+    return folder / "line"
+
+
+def test_killed_twice_at_random_steps_and_resumed_is_bit_identical(whole, tmp_path):
+    preset, out = write_preset(tmp_path), tmp_path / "line"
+    state, chance = tmp_path / ".state-line", random.Random()
+    for words in ([], ["--resume"]):
+        process = start(preset, out, *words, LINE_PAUSE="0.01")
+        goal = step_in(out) + chance.choice([10, 20, 30])
+        wait_for(lambda: step_in(out) >= goal, process)
+        time.sleep(chance.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not out.exists() and states(state)
+    killed_at = [path.name for path in states(state)]
+    code, _, err = complete(start(preset, out, "--resume"))
+    assert code == 0, err
+    assert weights(out) == weights(whole), f"resumed from {killed_at}"
+    assert [row["loss"] for row in read_log(out / "log.jsonl")][-3:] == [row["loss"] for row in read_log(whole / "log.jsonl")][-3:]
+    assert not list(state.glob(".*.tmp*"))
+
+
+def test_sigterm_saves_and_says_so_and_resumes_exactly(whole, tmp_path):
+    preset, out = write_preset(tmp_path), tmp_path / "line"
+    process = start(preset, out, LINE_PAUSE="0.01")
+    wait_for(lambda: step_in(out) >= 20, process)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = complete(process)
+    assert code == 128 + signal.SIGTERM and "--resume" in err and len(err.strip().splitlines()) == 1
+    saved = int(states(tmp_path / ".state-line")[-1].name[5:])
+    assert f"step {saved}" in err
+    code, _, err = complete(start(preset, out, "--resume"))
+    assert code == 0, err
+    assert weights(out) == weights(whole)
+    record = json.loads((out / "run.json").read_text())
+    assert record["wall_seconds"] > 0.01 * saved  # both parts count
+
+
+@pytest.fixture
+def line(monkeypatch):
+    "The stage's module, imported as a test may bend it."
+    monkeypatch.syspath_prepend(str(STAGE.parent))
+    return importlib.import_module("line_stage")
+
+
+def train(line, preset, out, *words):
+    "The same as the program, in this process."
+    return train_stage(line.LineStage, stage_parser("line").parse_args(["--preset", str(preset), "--root", str(preset.parent), "--out", str(out), *words]))
+
+
+def test_non_finite_loss_keeps_the_last_good_weights(whole, line, monkeypatch, tmp_path):
+    preset, out = write_preset(tmp_path), tmp_path / "line"
+    with monkeypatch.context() as broken, pytest.raises(UserError, match=r"step 41.*step-00000040.*recipe\.learning_rate"):
+        broken.setattr(line, "BROKEN_FROM", 16 * 40)
+        train(line, preset, out)
+    assert not out.exists()
+    kept = states(tmp_path / ".state-line")[-1]
+    assert kept.name == "step-00000040"
+    for name in ("weights", "ema", "optimizer"):
+        assert all(value.isfinite().all() for value in load_file(kept / f"{name}.safetensors").values())
+    assert train(line, preset, out, "--resume")["status"] == "finished"  # with the samples mended, the run goes on as if nothing had been
+    assert weights(out) == weights(whole)
+
+
+def test_resume_with_another_recipe_is_refused_and_can_be_accepted(line, tmp_path):
+    preset, out = write_preset(tmp_path), tmp_path / "line"
+    assert train(line, preset, out, "--stop-after", "30")["status"] == "stopped"
+    with pytest.raises(UserError, match=r"recipe\.learning_rate = 0\.01.*0\.002.*--accept-changes"): train(line, preset, out, "--resume", "--set", "recipe.learning_rate=0.002")
+    assert not out.exists()
+    train(line, preset, out, "--resume", "--accept-changes", "--set", "recipe.learning_rate=0.002")
+    assert json.loads((out / "run.json").read_text())["changes"] == [{"step": 30, "keys": {"recipe.learning_rate": [0.01, 0.002]}}]
+    assert "Changed on the way" in (out / "README.md").read_text()
+
+
+def test_two_processes_train_the_same_model_as_one(line, monkeypatch, tmp_path):
+    preset = write_preset(tmp_path)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    double = start(preset, tmp_path / "two", launcher=launcher, LINE_PLAIN="1", ACCELERATE_USE_CPU="1")
+    monkeypatch.setattr(line, "PLAIN", True)
+    train(line, preset, tmp_path / "one")
+    code, out, err = complete(double)
+    assert code == 0, err
+    assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
+    one, two = load_file(tmp_path / "one/model.safetensors"), load_file(tmp_path / "two/model.safetensors")
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
