@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'FAMILY_STATISTICS', 'VISION_CLASSES', 'MODEL_INPUTS', 'TAPS', 'resize_images', 'family_of',
-           'read_preprocessing', 'locate', 'load_vision_model', 'cut_patches', 'model_inputs', 'picture_size',
-           'strip_prefix', 'FrozenBase', 'FrozenEncoder', 'load_efficientnet', 'EfficientNetFeatures',
+           'read_preprocessing', 'locate', 'quiet_transformers', 'load_vision_model', 'cut_patches', 'model_inputs',
+           'picture_size', 'strip_prefix', 'FrozenBase', 'FrozenEncoder', 'load_efficientnet', 'EfficientNetFeatures',
            'EfficientNetLite0']
 
-# %% ../../nbs/encode/encoders.ipynb #112c7d2a
+# %% ../../nbs/encode/encoders.ipynb #5c850809
 import inspect
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,7 +90,19 @@ def locate(
     except Exception as error:
         raise UserError(f"{name} is neither a folder here nor a hub model that can be reached ({type(error).__name__}): check the name or the connection.") from error
 
-# %% ../../nbs/encode/encoders.ipynb #7c47db6c
+# %% ../../nbs/encode/encoders.ipynb #fe7127f1
+@contextmanager
+def quiet_transformers():
+    "No progress bars or warnings from transformers inside the block; the settings before are put back."
+    from transformers.utils import logging
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error(), logging.disable_progress_bar()
+    try: yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar: logging.enable_progress_bar()
+
+# %% ../../nbs/encode/encoders.ipynb #f010c9f6
 def _vision_class(family):
     import transformers
     return getattr(transformers, VISION_CLASSES.get(family, "AutoModel"))
@@ -102,7 +115,8 @@ def load_vision_model(
     from transformers import AutoConfig
     try: family = family_of(AutoConfig.from_pretrained(folder, local_files_only=True).model_type)
     except Exception as error: raise UserError(f"{folder}/config.json names no model that transformers knows: give a folder in transformers' format.") from error
-    try: model, report = _vision_class(family).from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    try:
+        with quiet_transformers(): model, report = _vision_class(family).from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except Exception as error: raise UserError(f"{folder} has no readable safetensors weights for its config.json ({type(error).__name__}): copy the checkpoint again.") from error
     lost = sorted(map(str, {*report["missing_keys"], *report.get("mismatched_keys", ())}))
     if any("pooler." not in key for key in lost):
