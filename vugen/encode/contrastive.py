@@ -85,7 +85,7 @@ def gather_with_gradient(
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-# %% ../../nbs/encode/contrastive.ipynb #c8b9cf07
+# %% ../../nbs/encode/contrastive.ipynb #579320fd
 LOSSES = {"infonce": info_nce, "siglip": sigmoid_loss}
 INITIAL_SCALE = {"infonce": 1 / 0.07, "siglip": 10.0} # of the cosines, as published
 MAX_SCALE = 100.0 # CLIP's limit, against a run-away temperature
@@ -142,9 +142,14 @@ class ContrastiveModel(nn.Module, PretrainedMixin):
         captions: list[str], # B captions
     ) -> torch.Tensor: # [B, projection_dim], unit length
         "Captions in the shared space"
-        return self._encode_ids(*(x.to(self.device) for x in self.tokenize(captions)))
+        return self.encode_ids(*(x.to(self.device) for x in self.tokenize(captions)))
 
-    def _encode_ids(self, ids, mask): return F.normalize(self.text_projection(self.text(ids, mask)[1]).float(), dim=-1)
+    def encode_ids(self,
+        ids: torch.Tensor, # [B, L]
+        mask: torch.Tensor, # [B, L]
+    ) -> torch.Tensor: # [B, projection_dim], unit length
+        "Tokenized captions in the shared space"
+        return F.normalize(self.text_projection(self.text(ids, mask)[1]).float(), dim=-1)
 
     def logits(self,
         image_embedding: torch.Tensor, # [I, projection_dim], unit length
@@ -183,7 +188,7 @@ class ContrastiveModel(nn.Module, PretrainedMixin):
         groups: torch.Tensor | None = None, # [B], see `caption_groups`
     ) -> tuple[torch.Tensor, dict]: # loss and metrics, over the batches of all processes
         "Training loss"
-        picture, text = map(gather_with_gradient, (self.encode_image(images), self._encode_ids(ids, mask)))
+        picture, text = map(gather_with_gradient, (self.encode_image(images), self.encode_ids(ids, mask)))
         groups = None if groups is None else gather_with_gradient(groups)
         logits = self.logits(picture, text)
         loss = LOSSES[self.loss_name](logits, groups, self.same_caption)

@@ -229,7 +229,7 @@ def guided(
     "Classifier-free guidance"
     return velocity_uncond + guidance_scale * (velocity_cond - velocity_uncond)
 
-# %% ../../nbs/models/flow.ipynb #1da079fa
+# %% ../../nbs/models/flow.ipynb #49f56ddc
 def guidance_at(
     t: torch.Tensor | float, # time, all entries equal
     guidance_scale: float, # inside the interval
@@ -237,7 +237,8 @@ def guidance_at(
 ) -> float: # 1 outside the interval
     "Guidance scale in force at time `t`"
     t = float(torch.as_tensor(t).flatten()[0])
-    return guidance_scale if interval[0] <= t <= interval[1] else 1.0
+    inside = interval[0] - 1e-6 <= t <= interval[1] + 1e-6 # t comes in single precision
+    return guidance_scale if inside else 1.0
 
 # %% ../../nbs/models/flow.ipynb #0b2e5eb2
 def with_guidance(
