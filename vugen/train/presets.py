@@ -130,31 +130,31 @@ def data_fingerprint(preset,  # Preset
     text = json.dumps([preset.world, preset.stage(stage).options], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/train/presets.ipynb #37e5e0f8
+# %% ../../nbs/train/presets.ipynb #1b382af9
 TINY_WORLD = dict(
-    image_size=32, background="white", fills=("solid",), emoji=(), counts={1: 0.25, 2: 0.75},
-    shapes=("circle", "square", "triangle", "star", "heart", "cross"),
+    image_size=32, background=("white",), styles=("flat",), held_out_style=None,
+    shapes=("circle", "square", "triangle", "star", "heart", "cross"), fills=("solid",), emoji=(), emoji_share=0.5,
     colors=("red", "orange", "yellow", "green", "blue", "purple", "black", "pink"),
-    relations=("left of", "right of", "above", "below"),
-    completeness=1.0, attributes_per_object=1, saliency_bias=0.0, clutter=0, held_out=(), paraphrase=True)
+    relations=("left of", "right of", "above", "below"), counts={1: 0.25, 2: 0.75}, counted=0.0,
+    completeness=1.0, attributes_per_object=1, saliency_bias=0.0, paraphrase=1.0, clutter=0, held_out=(), split="train")
 
-# %% ../../nbs/train/presets.ipynb #c82030ff
+# %% ../../nbs/train/presets.ipynb #2db40119
 SMALL_WORLD = dict(
-    TINY_WORLD, image_size=64, fills=("solid", "striped", "outlined"), counts={1: 0.25, 2: 0.6, 3: 0.15}, emoji="curated",
+    TINY_WORLD, image_size=64, fills=("solid", "striped", "outlined"), emoji=("all",), counts={1: 0.25, 2: 0.6, 3: 0.15}, attributes_per_object=2,
     shapes=("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring", "hexagon", "crescent", "arrow", "pentagon"),
     colors=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"),
     relations=("left of", "right of", "above", "below", "inside", "surrounding", "on top of", "bigger than"))
 
-# %% ../../nbs/train/presets.ipynb #721e09b1
+# %% ../../nbs/train/presets.ipynb #2df87898
 TINY = {
     "parser": StagePreset(
-        model=dict(image_size=32, width=32),
+        model=dict(width=40, blocks=2),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250),
         options=dict(evaluation=2000)),
     "contrastive": StagePreset(
-        model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, projection_dim=128),
+        model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, context_length=64, projection_dim=128, pool="mean"),
         recipe=Recipe(steps=1000, batch_size=192, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
-        options=dict(loss="infonce", evaluation=1000)),
+        options=dict(loss="infonce", same_caption="mask", evaluation=1000)),
     "decoder": StagePreset(
         model=dict(image_size=32, base=20, multipliers=(1, 2, 3, 3), ratio=16),
         recipe=Recipe(steps=2000, batch_size=32, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
