@@ -1,0 +1,235 @@
+"""The loop's parts: sample numbers, decay groups, moving average, states on disk."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from vugen.errors import UserError
+from vugen.train.loop import Ema, Progress, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.presets import Preset, Recipe, StagePreset
+
+
+class Stage:
+    "A regression with a frozen part; `spoil` may bend a batch."
+    name = "toy"
+
+    def __init__(self, preset, spoil=None): self.preset, self.spoil = preset, spoil
+    def build(self): return nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1))
+
+    def batch(self, indices):
+        inputs = torch.stack([torch.tensor(indices).float().mul(scale).sin() for scale in (0.2, 0.5, 0.9)], 1)
+        return self.spoil(inputs, indices) if self.spoil else {"inputs": inputs}
+
+    def loss(self, module, batch, generator):
+        loss = (module(batch["inputs"])[:, 0] - batch["inputs"].sum(1) + 0.1 * torch.randn(len(batch["inputs"]), generator=generator)).square().mean()
+        return loss, {"error": loss.detach().sqrt()}
+
+    def finish(self, module, out):
+        save_file({"weight": module[1].weight.detach().clone()}, out / "model.safetensors")
+        return {"weight": module[1].weight.detach().norm()}
+
+
+def preset(**changes):
+    recipe = Recipe(**{**dict(steps=12, batch_size=6, learning_rate=0.01, warmup_steps=2, ema_decay=0.9, log_every=4, checkpoint_every=5), **changes})
+    return Preset("toy", {}, {"toy": StagePreset({}, recipe)})
+
+
+def make(**changes):
+    made = preset(**changes)
+    return Stage(made), made.stage("toy").recipe
+
+
+@given(st.integers(0, 50), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_processes_and_parts_share_no_sample_and_leave_none_out(step, world, parts, size):
+    total = world * parts * size
+    found = sum((sample_indices(step, total, rank, world, part, parts) for part in range(parts) for rank in range(world)), [])
+    assert found == list(range(step * total, (step + 1) * total))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(UserError, match="multiple of 6"): sample_indices(0, 10, world=3, parts=2)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(0, 100), st.sampled_from(["constant", "cosine"]))
+def test_learning_rate_stays_between_zero_and_its_peak(steps, warmup, schedule):
+    recipe = Recipe(steps, 1, 0.5, warmup_steps=warmup, schedule=schedule)
+    assert all(0 <= learning_rate_at(recipe, step) <= 0.5 for step in range(steps))
+
+
+def test_only_matrices_decay():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm(4), nn.Linear(4, 4), nn.Embedding(5, 4))
+    decaying, plain = make_optimizer(module, Recipe(1, 1, weight_decay=0.3)).param_groups
+    assert {value.ndim for value in decaying["params"]} == {2, 4} and {value.ndim for value in plain["params"]} == {1}
+    assert decaying["weight_decay"] == 0.3 and plain["weight_decay"] == 0
+    with pytest.raises(UserError, match="trainable"): make_optimizer(nn.Linear(1, 1).requires_grad_(False), Recipe(1, 1))
+
+
+def test_moving_average_equals_its_definition():
+    module, expected = nn.Linear(1, 1, bias=False), None
+    module.weight.data.fill_(0.0)
+    average, expected = Ema(module, 0.5), 0.0
+    for step in range(30):
+        module.weight.data.fill_(math.sin(step))
+        average.update(module)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * math.sin(step)
+    assert average.average["weight"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradient_accumulation_takes_the_same_step_as_one_batch():
+    weights = []
+    for parts in (1, 2, 3):
+        stage, recipe = make(gradient_accumulation=parts)
+        stage.loss = lambda module, batch, generator: ((module(batch["inputs"])[:, 0] - batch["inputs"].sum(1)).square().mean(), {})
+        training = prepare(stage, recipe, "unused")
+        train_until_without_states(training, 4)
+        weights.append(training.module[1].weight.detach().clone())
+    assert torch.allclose(weights[0], weights[1], atol=1e-6) and torch.allclose(weights[0], weights[2], atol=1e-6)
+
+
+def train_until_without_states(training, last):
+    from vugen.train.loop import micro_batches, train_step
+    for step in range(last): assert train_step(training, micro_batches(training, step))
+
+
+def test_frozen_parts_are_neither_saved_nor_changed(tmp_path):
+    stage, recipe = make()
+    training = prepare(stage, recipe, tmp_path / "state")
+    before = training.module[0].weight.clone()
+    train_until(training, 12, Progress("toy", 12, 0, show=False))
+    assert torch.equal(training.module[0].weight, before)
+    assert sorted(trained_tensors(training.module)) == ["1.bias", "1.weight"]
+    assert [path.name for path in states(tmp_path / "state")] == ["step-00000010", "step-00000012"]
+
+
+def test_another_frozen_part_is_noticed_at_resume(tmp_path):
+    stage, recipe = make()
+    run(stage, recipe, tmp_path / "out", stop_after=5, show=False)
+    stage.build = lambda: nn.Sequential(nn.Linear(3, 4).requires_grad_(False).apply(lambda part: part.weight.data.zero_()), nn.Linear(4, 1))
+    with pytest.raises(UserError, match="frozen weights"): run(stage, recipe, tmp_path / "out", resume=True, show=False)
+
+
+def test_a_damaged_state_names_the_file(tmp_path):
+    stage, recipe = make()
+    run(stage, recipe, tmp_path / "out", stop_after=5, show=False)
+    path = states(tmp_path / ".state-out")[-1] / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match="optimizer.safetensors"): run(stage, recipe, tmp_path / "out", resume=True, show=False)
+
+
+def test_foreign_weights_are_refused():
+    with pytest.raises(UserError, match="has no 'bias'"): load_tensors(nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}, "file")
+
+
+def test_what_lies_there_is_not_overwritten_by_accident(tmp_path):
+    stage, recipe = make()
+    run(stage, recipe, tmp_path / "out", show=False)
+    first = (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="--overwrite"): run(stage, recipe, tmp_path / "out", show=False)
+    with pytest.raises(UserError, match="--overwrite"): run(stage, recipe, tmp_path / "out", resume=True, show=False)
+    stage, recipe = make(seed=1)
+    assert run(stage, recipe, tmp_path / "out", overwrite=True, show=False)["status"] == "finished"
+    assert (tmp_path / "out/model.safetensors").read_bytes() != first
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine/thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a finished run"): run(stage, recipe, tmp_path / "mine", overwrite=True, show=False)
+    assert (tmp_path / "mine/thesis.tex").read_text() == "years of work"
+
+
+def test_an_unfinished_run_is_not_begun_again_by_accident(tmp_path):
+    stage, recipe = make()
+    run(stage, recipe, tmp_path / "out", stop_after=5, show=False)
+    with pytest.raises(UserError, match="step 5.*--resume"): run(stage, recipe, tmp_path / "out", show=False)
+    check_free(tmp_path / "out", tmp_path / ".state-out", resume=False, overwrite=True)
+
+
+def test_a_failing_evaluation_leaves_no_checkpoint_and_resumes_into_it(tmp_path):
+    stage, recipe = make()
+    stage.finish = lambda module, out: (out / "half.safetensors").write_bytes(b"half") and None or 1 / 0
+    with pytest.raises(ZeroDivisionError): run(stage, recipe, tmp_path / "out", show=False)
+    assert [path.name for path in tmp_path.iterdir()] == [".state-out"]
+    del stage.finish
+    assert run(stage, recipe, tmp_path / "out", resume=True, show=False)["status"] == "finished"
+
+
+def test_a_failing_batch_ends_the_run_with_its_own_error(tmp_path):
+    def spoil(inputs, indices):
+        if indices[0] >= 36: raise KeyError("no such sample")
+        return {"inputs": inputs}
+    stage, recipe = make()
+    stage.spoil = spoil
+    with pytest.raises(KeyError, match="no such sample"): run(stage, recipe, tmp_path / "out", show=False)
+
+
+def test_the_first_step_is_not_finite(tmp_path):
+    stage, recipe = make()
+    stage.spoil = lambda inputs, indices: {"inputs": inputs * math.nan}
+    with pytest.raises(UserError, match="step 1; no step was taken"): run(stage, recipe, tmp_path / "out", show=False)
+
+
+def test_a_torn_log_line_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_the_card_and_run_record_tell_what_happened(tmp_path):
+    stage, recipe = make()
+    record = run(stage, recipe, tmp_path / "out", command="vugen train toy", show=False)["record"]
+    written = json.loads((tmp_path / "out/run.json").read_text())
+    assert written == json.loads(json.dumps(record)) and written["recipe"]["batch_size"] == 6 and written["rows"][0]["metric"] == "weight"
+    card = (tmp_path / "out/README.md").read_text()
+    assert "vugen train toy" in card and "learning_rate" in card and str(tmp_path) not in card + json.dumps(written)
+
+
+KILLED_WHILE_SAVING = """
+import sys, time
+from pathlib import Path
+import vugen.train.loop as loop
+sys.path.insert(0, {folder!r})
+from test_train_loop import make
+save_file = loop.save_file
+def slow(tensors, path):
+    save_file(tensors, path)
+    if training.step == 8: Path({mark!r}).touch(); time.sleep(60)
+loop.save_file = slow
+stage, recipe = make(checkpoint_every=4)
+training = loop.prepare(stage, recipe, {state!r})
+loop.train_until(training, 12, loop.Progress("toy", 12, 0, show=False))
+"""
+
+
+def test_killed_while_saving_leaves_the_state_before_it(tmp_path):
+    mark, state = tmp_path / "mark", tmp_path / "state"
+    code = KILLED_WHILE_SAVING.format(folder=os.path.dirname(__file__), mark=str(mark), state=str(state))
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not mark.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path.name for path in states(state)] == ["step-00000004"] and list(state.glob(".*.tmp*"))
+    stage, recipe = make(checkpoint_every=4)
+    result = run(stage, recipe, tmp_path / "out", resume=True, state=state, show=False)
+    assert result["status"] == "finished" and not list(state.glob(".*.tmp*"))
+    run(*make(checkpoint_every=4), tmp_path / "whole", show=False)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    stage, recipe = make()
+    training = prepare(stage, recipe, tmp_path / "state")
+    def full(*arguments): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("vugen.train.loop.save_file", full)
+    with pytest.raises(UserError, match="No space left"): save_state(training)
+    assert not states(tmp_path / "state") and not restore(training)
