@@ -17,7 +17,7 @@ from .saving import PretrainedMixin
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordTokenizer', 'scene_tokenizer', 'TextTransformer']
+__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordTokenizer', 'scene_tokenizer', 'scene_words', 'TextTransformer']
 
 # %% ../../nbs/models/text.ipynb #2f50daa0
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -122,14 +122,21 @@ class WordTokenizer:
 
     def __repr__(self): return f"WordTokenizer({len(self)} tokens)"
 
-# %% ../../nbs/models/text.ipynb #4fc754c7
+# %% ../../nbs/models/text.ipynb #de599b7b
 def scene_tokenizer(
     extra_words: Iterable[str] = (), # words beyond the caption grammar, such as those of questions
     extra_special: tuple[str, ...] = (), # further special tokens
+    world=None, # a `vugen.data.scenes.World`: only the words of its captions
 ) -> WordTokenizer:
     "A tokenizer for every caption that `vugen.data.scenes` can write"
+    return WordTokenizer([*scene_words(world), *extra_words], extra_special)
+
+def scene_words(
+    world=None, # a `vugen.data.scenes.World`; None is the whole grammar
+) -> list[str]: # sorted, the comma included
+    "Every token of the captions of a world"
     from vugen.data.scenes import words
-    return WordTokenizer([*words(), *extra_words], extra_special)
+    return sorted({*words(world), ","})
 
 # %% ../../nbs/models/text.ipynb #da6b10bc
 class TextTransformer(nn.Module, PretrainedMixin):
