@@ -7,11 +7,12 @@ __all__ = ['RELATIONS', 'SIZES', 'BACKGROUNDS', 'BIGGER', 'TOUCH', 'NEAR', 'CONV
            'CROWD', 'MOST', 'NUMBERS', 'EXAMPLE', 'SYNONYMS', 'VOCABULARY', 'LONGEST', 'Item', 'Relation', 'Scene',
            'relation_holds', 'Object', 'Facts', 'World', 'uniforms', 'layout_pairs', 'Drawer', 'drawer',
            'sample_scenes', 'sample_scene', 'plural', 'named_attributes', 'facts', 'told', 'caption_of', 'caption',
-           'words', 'parse', 'layout_from_facts', 'scene_from_caption', 'background_picture', 'render', 'to_tensor',
-           'captions', 'batch']
+           'words', 'parse', 'layout_from_facts', 'scene_from_caption', 'background_picture', 'render', 'is_simple',
+           'sample_arrays', 'render_arrays', 'to_float', 'captions', 'batch', 'shard', 'SceneStream', 'holds',
+           'probe_targets', 'bench_world', 'scene_rate', 'bench_scenes']
 
-# %% ../../nbs/data/scenes.ipynb #ee6d6417
-import dataclasses, itertools, re
+# %% ../../nbs/data/scenes.ipynb #50adf733
+import dataclasses, itertools, re, time
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -601,7 +602,7 @@ def _chain(world, number, generator):
         if simple and generator.random() < .5: links.append(Relation(str(generator.choice(simple)), place, int(generator.integers(place))))
     return tuple(links)
 
-# %% ../../nbs/data/scenes.ipynb #e7667093
+# %% ../../nbs/data/scenes.ipynb #928667de
 def _hidden(items, relations):
     "Whether something would vanish inside a solid thing of its own colour, or in too small a room."
     for link in relations:
@@ -619,14 +620,26 @@ def _contains(items, relations, told):
     want = told.relations[0]
     return any(name == want.name and same(subject, told.objects[want.subject]) and same(thing, told.objects[want.object]) for name, subject, thing in links)
 
+def _force_items(world, items, links, told, counted):
+    "Write held-out facts over the first items (the test split)."
+    items, told = list(items), Facts(told.objects, told.relations)
+    for place, thing in enumerate(told.objects[:len(items)]):
+        shape, old = thing.name in SHAPES, items[place]
+        color = (thing.color or old.color or world.colors[0]) if shape else None
+        items[place] = Item(thing.name, "shape" if shape else "emoji", color, thing.fill or old.fill if shape else "solid", thing.size or old.size, 0., 0., 0.)
+    if not told.relations or len(items) < 2: return tuple(items), links
+    rest = [] if counted else [link for link in links if {link.subject, link.object} != {0, 1}]
+    return tuple(items), (told.relations[0], *rest)
+
 def _sample_many(world, seed, index, number, counted, style, background):
     "A scene of any number of items, by trial."
     generator = _generator(seed, index, 0)
     banned = [parse(entry if isinstance(entry, str) else " ".join(entry)) for entry in world.held_out]
     for _ in range(ATTEMPTS):
         items, links = _content(world, generator, number, counted)
-        held = any(_contains(items, links, told) for told in banned)
-        if _hidden(items, links) or (banned and held != (world.split == "test")): continue
+        if banned and world.split == "test": items, links = _force_items(world, items, links, banned[int(generator.integers(len(banned)))], counted)
+        elif any(_contains(items, links, told) for told in banned): continue
+        if _hidden(items, links): continue
         if placed := _place_many(world, items, links, generator): return Scene(placed, links, world.background[background], _styles(world)[style])
     raise UserError("This world allows no such crowded scene; ask for fewer items, fewer relations or fewer held-out compositions.")
 
@@ -1092,12 +1105,82 @@ def _pillow_layers(item, width, style):
     rgba = apply_style(np.asarray(rgba.resize((width, width), Image.Resampling.BOX)), style)
     return premultiplied(rgba), 255 - rgba[..., 3:]
 
-# %% ../../nbs/data/scenes.ipynb #e27c906e
-def to_tensor(
+# %% ../../nbs/data/scenes.ipynb #3c4ad070
+def is_simple(
+    world:World
+)->bool:
+    "Whether all scenes of a world have one or two items and no clutter, so that they can be sampled as arrays."
+    return max(world.counts) <= 2 and not world.clutter and not (world.counted and max(world.counts) > 1)
+
+def sample_arrays(
+    world:World,      # a simple world
+    seed:int,
+    indices           # [B] sample indices
+)->dict:              # number, relation, style, background [B]; concept, color, fill, size, x, y, scale [B,2]
+    "The scenes of `sample_scenes` as arrays of places in the world's tables; raises `UserError` for worlds with crowded scenes."
+    if not is_simple(world): raise UserError("sample_arrays takes worlds of one or two items without counting or clutter; use sample_scenes.")
+    indices = np.asarray(list(indices), np.int64)
+    number, _, style, background = _settings(world, seed, indices)
+    return dict(_sample_pairs(world, seed, indices, number), style=style, background=background)
+
+# %% ../../nbs/data/scenes.ipynb #c064e7c7
+@lru_cache(maxsize=32)
+def _sprite_cache(world): return {}
+
+def _sprite_keys(world, table, width):
+    "One integer [B,2] for each (concept, colour, fill, style, width)."
+    colors, fills = len(world.colors) + 1, max(len(world.fills), 1)
+    key = (table["concept"]*colors + table["color"] + 1)*fills + table["fill"]
+    return (key*len(_styles(world)) + table["style"][:, None])*2048 + width
+
+def _layers_of(world, table, row, side, width):
+    "Layers of one item of a table, with the picture of it on its plain background (None on a gradient)."
+    tables, shape = drawer(world), table["concept"][row, side] < drawer(world).shapes
+    layers = sprite_layers(tables.names[table["concept"][row, side]], world.colors[table["color"][row, side]] if shape else None,
+                           world.fills[table["fill"][row, side]] if shape else "solid", width, _styles(world)[table["style"][row]])
+    pasted = {}
+    for place, name in enumerate(world.background):
+        if BACKGROUNDS[name][0] == BACKGROUNDS[name][1]:
+            pasted[place] = background_picture(name, width).copy()
+            _blend(pasted[place], *layers)
+    return layers, pasted
+
+# %% ../../nbs/data/scenes.ipynb #14fcabae
+def _boxes(table, size):
+    "Widths, left and top pixels [B,2], and rows [B] whose two boxes overlap."
+    width = np.maximum((table["scale"]*size + .5).astype(int), 1)
+    left, top = (np.clip(np.floor(table[axis]*size - width/2 + .5).astype(int), 0, np.maximum(size - width, 0)) for axis in ("x", "y"))
+    far = [np.abs((start + width/2)[:, 0] - (start + width/2)[:, 1]) >= width.mean(1) for start in (left, top)]
+    return width, left, top, (table["number"] == 2) & ~far[0] & ~far[1]
+
+def render_arrays(
+    world:World,
+    table:dict,       # from `sample_arrays`
+    size:int=64       # pixels along a side
+)->np.ndarray:        # uint8 [B,size,size,3]
+    "Draw the scenes of a table; pixel for pixel what `render` draws."
+    grounds = np.stack([background_picture(name, size) for name in world.background])
+    pictures = grounds[table["background"]]
+    width, left, top, overlap = _boxes(table, size)
+    keys, cache = _sprite_keys(world, table, width), _sprite_cache(world)
+    order = np.argsort(-table["scale"], 1, kind="stable")
+    rows, turns = np.where(np.arange(2)[None] < table["number"][:, None])
+    sides = np.where(table["number"][rows] == 2, order[rows, turns], 0)
+    columns = (part[rows, sides].tolist() for part in (keys, width, left, top))
+    for row, side, ground, crossed, key, wide, x, y in zip(rows.tolist(), sides.tolist(), table["background"][rows].tolist(), overlap[rows].tolist(), *columns):
+        entry = cache.get(key)
+        if entry is None: entry = cache[key] = _layers_of(world, table, row, side, wide)
+        pasted = None if crossed else entry[1].get(ground)
+        if pasted is None: _blend(pictures[row, y:y + wide, x:x + wide], *entry[0])
+        else: pictures[row, y:y + wide, x:x + wide] = pasted
+    return pictures
+
+# %% ../../nbs/data/scenes.ipynb #647770c6
+def to_float(
     pictures:np.ndarray   # uint8 [B,H,W,3]
 )->torch.Tensor:          # float32 [B,3,H,W] in [0,1]
     "Pictures as the models take them."
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32).div_(255)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 def captions(
     scenes,         # [B] scenes
@@ -1107,7 +1190,7 @@ def captions(
 )->list:            # [B] strings
     "Captions of many scenes at once; the same as `caption` one by one."
     draws = uniforms(seed, list(indices), range(40, 120))
-    return [_tell(_told(scene, world, draw), world, draw[60:]) for scene, draw in zip(scenes, draws)]
+    return [_tell(_told(scene, world, draw), world, draw[60:]) for scene, draw in zip(scenes, draws.tolist())]
 
 def batch(
     world:World,
@@ -1116,6 +1199,160 @@ def batch(
 )->dict:            # images float32 [B,3,H,W] in [0,1], captions [B], scenes [B]
     "A training batch, a pure function of (world, seed, indices)."
     indices = list(indices)
-    scenes = sample_scenes(world, seed, indices)
-    pictures = np.stack([render(scene, world.image_size) for scene in scenes])
-    return dict(images=to_tensor(pictures), captions=captions(scenes, world, seed, indices), scenes=scenes)
+    if is_simple(world):
+        table = sample_arrays(world, seed, indices)
+        scenes = list(_scenes_of(world, table, table["style"], table["background"]))
+        pictures = render_arrays(world, table, world.image_size)
+    else:
+        scenes = sample_scenes(world, seed, indices)
+        pictures = np.stack([render(scene, world.image_size) for scene in scenes])
+    return dict(images=to_float(pictures), captions=captions(scenes, world, seed, indices), scenes=scenes)
+
+# %% ../../nbs/data/scenes.ipynb #8c1f32b0
+def shard(
+    start:int, stop:int|None,   # indices from `start` up to `stop` (None: without end)
+    rank:int=0, world_size:int=1, worker:int=0, workers:int=1
+):                              # iterator over indices
+    "The indices of one worker of one rank."
+    first, step = start + rank*workers + worker, world_size*workers
+    return itertools.count(first, step) if stop is None else iter(range(first, stop, step))
+
+class SceneStream(IterableDataset):
+    "Scenes without end (or `length` of them), divided among ranks and workers without overlap; each is a dict(index, image, caption, scene)."
+    def __init__(self,
+        world:World,
+        seed:int=0,
+        start:int=0,             # first index, e.g. where an earlier run stopped
+        length:int|None=None,    # number of scenes in all shards together; None = endless
+        rank:int=0,              # this process
+        world_size:int=1,        # number of processes
+        chunk:int=64             # scenes drawn at once
+    ): self.world, self.seed, self.start, self.length, self.rank, self.world_size, self.chunk = world, seed, start, length, rank, world_size, chunk
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        indices = shard(self.start, None if self.length is None else self.start + self.length, self.rank, self.world_size, worker, workers)
+        while chunk := list(itertools.islice(indices, self.chunk)):
+            drawn = batch(self.world, self.seed, chunk)
+            for place, index in enumerate(chunk):
+                yield dict(index=index, image=drawn["images"][place], caption=drawn["captions"][place], scene=drawn["scenes"][place])
+
+# %% ../../nbs/data/scenes.ipynb #19fe4366
+def _fits_description(item, thing):
+    mine = (item.name, item.color, item.fill, item.size)
+    return all(not word or word == own for word, own in zip(thing.description, mine))
+
+def holds(
+    scene:Scene,
+    told:Facts     # in any form
+)->bool:
+    "Whether every object of the facts is in the scene (all different) and every relation visibly holds; a number above one must be exact."
+    links = [_plain(link) for link in told.relations]
+    matches = [[place for place, item in enumerate(scene.items) if _fits_description(item, thing)] for thing in told.objects]
+    if any(thing.count > 1 and len(match) != thing.count for thing, match in zip(told.objects, matches)): return False
+    choices = [itertools.combinations(match, thing.count) for thing, match in zip(told.objects, matches)]
+    for choice in itertools.product(*choices):
+        if len(set(sum(choice, ()))) == sum(map(len, choice)) and all(
+            relation_holds(scene.items[first], scene.items[second], link.name) for link in links for first in choice[link.subject] for second in choice[link.object]): return True
+    return False
+
+# %% ../../nbs/data/scenes.ipynb #e8ee0671
+def _label(values):
+    "Integer labels and class names, in sorted order."
+    classes = sorted(set(values))
+    return np.array([classes.index(value) for value in values]), classes
+
+def _third(value): return ("first", "middle", "last")[min(int(value*3), 2)]
+
+def _ends(scene):
+    "The two items of a scene ordered along the axis of its relation: left or upper one first."
+    name = scene.relations[0].name if scene.relations else "left of"
+    axis = "y" if name in ("above", "below", "on top of") else "x"
+    return sorted(scene.items, key=lambda item: getattr(item, axis))
+
+def _relation_from_anchor(scene):
+    "The relation as told from the item whose name and colour come first in the alphabet."
+    if not scene.relations: return "none"
+    link, names = scene.relations[0], [(item.name, item.color or "") for item in scene.items]
+    return link.name if names[link.subject] <= names[link.object] else CONVERSE[link.name] or f"{link.name} (other way)"
+
+def _single_targets(scenes):
+    items = [scene.items[0] for scene in scenes]
+    read = {name: [getattr(item, name) or "none" for item in items] for name in ("name", "color", "fill", "size")}
+    return {"shape": read.pop("name"), **read, "column": [_third(item.x) for item in items], "row": [_third(item.y) for item in items]}
+
+def _pair_targets(scenes):
+    read = {"axis": [_plain(scene.relations[0]).name if scene.relations else "none" for scene in scenes], "relation": [_relation_from_anchor(scene) for scene in scenes]}
+    for place, end in enumerate(("first", "second")):
+        for name, attribute in (("shape", "name"), ("color", "color")): read[f"{name} of the {end}"] = [getattr(_ends(scene)[place], attribute) or "none" for scene in scenes]
+    read["color of the larger"] = [max(scene.items, key=lambda item: item.scale).color or "none" for scene in scenes]
+    return read
+
+# %% ../../nbs/data/scenes.ipynb #258a7baf
+def probe_targets(
+    scenes,              # [B] scenes, all of one item or all of two
+    world:World|None=None
+)->dict:                 # target name -> (labels int [B], class names)
+    """Labels for probes. One item: shape, color, fill, size, column, row. Two items: axis (the canonical relation: needs places only), relation (as
+    told from the item whose name comes first in the alphabet: needs binding), shape and color of the first (left or upper) and of the second
+    item, color of the larger one. Targets with a single class are left out. Raises `UserError` for scenes of mixed or larger numbers."""
+    numbers = {len(scene.items) for scene in scenes}
+    if numbers not in ({1}, {2}): raise UserError(f"probe_targets takes scenes of one item or of two, not of {sorted(numbers)}; set World.counts.")
+    read = _single_targets(scenes) if numbers == {1} else _pair_targets(scenes)
+    return {name: _label(values) for name, values in read.items() if len(set(values)) > 1}
+
+# %% ../../nbs/data/scenes.ipynb #3b661aea
+def bench_world(
+    emoji:bool=True   # with emoji art
+)->World:
+    "The world of the benchmark: every shape, colour, fill and relation, two items, 64 pixels."
+    return World(image_size=64, shapes=SHAPES, colors=tuple(COLORS)[:10], fills=FILLS, emoji=("all",) if emoji else (), counts={2: 1.0}, relations=RELATIONS[:4])
+
+def _bench_chunk(case, world, start, number):
+    "Do `number` scenes of one case, from sampling to the finished picture."
+    indices = range(start, start + number)
+    if case == "atlas": return render_arrays(world, sample_arrays(world, 0, indices), world.image_size)
+    if case == "training batch": return batch(world, 0, indices)["images"]
+    return [render(scene, world.image_size, "pillow") for scene in sample_scenes(world, 0, indices)]
+
+def _bench_process(case, world, seconds, process, barrier, results):
+    "One process: fill the caches, wait for the others, then count the scenes done in `seconds`."
+    world, chunk = World.from_dict(world), 512 if case != "pillow" else 32
+    for warm in range(60 if case != "pillow" else 1): _bench_chunk(case, world, warm*chunk, chunk)
+    barrier.wait()
+    begin, done = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        _bench_chunk(case, world, 10**6*(process + 1) + done, chunk)
+        done += chunk
+    results.put(done/(time.perf_counter() - begin))
+
+# %% ../../nbs/data/scenes.ipynb #35cd8636
+def scene_rate(
+    case:str,              # "atlas", "pillow" or "training batch"
+    world:World,
+    processes:int=2,
+    seconds:float=2.0
+)->float:                  # scenes per second, all processes together
+    "Rate of one case, measured with warm caches in processes that start together."
+    import multiprocessing
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(processes), context.Queue()
+    workers = [context.Process(target=_bench_process, args=(case, world.asdict(), seconds, number, barrier, results), daemon=True) for number in range(processes)]
+    for worker in workers: worker.start()
+    rates = [results.get(timeout=300) for _ in workers]
+    for worker in workers: worker.join()
+    return float(sum(rates))
+
+def bench_scenes(
+    processes:int=2,
+    seconds:float=2.0     # measured time of each case
+)->list:                  # rows {"case", "metric", "value", "unit", "ratio_to"}
+    "Scenes per second at 64 pixels, two objects: from the atlas, as training batches with captions, and drawn by Pillow in the same run."
+    rows = []
+    for label, world in (("shapes and emoji", bench_world()), ("shapes", bench_world(False))):
+        rates = {case: scene_rate(case, world, processes, seconds) for case in ("pillow", "atlas", "training batch")}
+        for case, rate in rates.items():
+            rows.append({"case": f"{case}, {label}, 64 px, {processes} processes", "metric": "scenes per second", "value": round(rate, 1), "unit": "1/s",
+                         "ratio_to": None if case == "pillow" else {"pillow": round(rate/rates["pillow"], 2)}})
+    return rows
