@@ -145,12 +145,12 @@ SMALL_WORLD = dict(
     colors=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"),
     relations=("left of", "right of", "above", "below", "inside", "surrounding", "on top of", "bigger than"))
 
-# %% ../../nbs/train/presets.ipynb #2df87898
+# %% ../../nbs/train/presets.ipynb #77d6ba26
 TINY = {
     "parser": StagePreset(
         model=dict(width=40, blocks=2),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250),
-        options=dict(evaluation=2000)),
+        options=dict(evaluation=1000, mixture=None)),
     "contrastive": StagePreset(
         model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, context_length=64, projection_dim=128, pool="mean"),
         recipe=Recipe(steps=1000, batch_size=192, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
@@ -162,11 +162,11 @@ TINY = {
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
-        options=dict(evaluation=500)),
+        options=dict(evaluation=500, tasks=dict(caption=0.3, question=0.4, text=0.05, reading=0.25))),
     "generator": StagePreset(
-        model=dict(),
+        model=dict(position_scale=1.0, guidance_scale=2.0, num_inference_steps=50),
         recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, checkpoint_every=100, log_every=20),
-        options=dict(prompt_dropout=0.1, evaluation=500)),
+        options=dict(prompt_dropout=0.1, time="logit-normal", shift=1.0, pool=40_000, pool_block=200, evaluation=500)),
 }
 
 # %% ../../nbs/train/presets.ipynb #8eef0c7e
@@ -177,14 +177,14 @@ def _merged(stages,  # {name: StagePreset}
         return StagePreset({**part.model, **change.get("model", {})}, replace(part.recipe, **change.get("recipe", {})), {**part.options, **change.get("options", {})})
     return {name: one(copy.deepcopy(part), changes.get(name, {})) for name, part in stages.items()}
 
-# %% ../../nbs/train/presets.ipynb #af5816e9
+# %% ../../nbs/train/presets.ipynb #a3809c0f
 _SECONDS = dict(steps=4, batch_size=8, warmup_steps=2, log_every=1, checkpoint_every=2)
 SMOKE = _merged(TINY, {
     "parser": dict(recipe=_SECONDS, options=dict(evaluation=16)),
     "contrastive": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, text_hidden_size=32, text_layers=1, text_heads=2, projection_dim=16), recipe=_SECONDS, options=dict(evaluation=16)),
     "decoder": dict(model=dict(base=8), recipe=_SECONDS, options=dict(evaluation=4)),
     "vlm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64), recipe=_SECONDS, options=dict(evaluation=8)),
-    "generator": dict(recipe=_SECONDS, options=dict(evaluation=4)),
+    "generator": dict(model=dict(num_inference_steps=4), recipe=_SECONDS, options=dict(pool=64, pool_block=16, evaluation=4)),
 })
 
 # %% ../../nbs/train/presets.ipynb #d37b9d7d
