@@ -333,8 +333,8 @@ def _disk_errors(path):
     try: yield
     except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror or error}): free space there or name another folder.") from error
 
-# %% ../../nbs/train/loop.ipynb #29539666
-_FREE = ("recipe.log_every", "recipe.checkpoint_every")
+# %% ../../nbs/train/loop.ipynb #8b796084
+_FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation")
 
 
 def _flat(tree, prefix=""):
@@ -534,7 +534,7 @@ def _clear(state, resume):
         for path in states(state): shutil.rmtree(path)
         (Path(state) / "log.jsonl").unlink(missing_ok=True)
 
-# %% ../../nbs/train/loop.ipynb #ad8785ec
+# %% ../../nbs/train/loop.ipynb #d24dbc37
 def default_state(out):  # checkpoint folder
     "Where the training state lies unless named: a hidden folder beside the checkpoint, which git ignores."
     out = Path(out)
@@ -568,7 +568,7 @@ def run(stage,  # a `Stage`
 
 def _outcome(training, out, command, show):
     "Finish a complete run; say where an incomplete one stands."
-    result = {"status": "finished", "step": training.step, "signal": training.signal, "record": None}
+    result = {"status": "finished", "step": training.step, "signal": training.signal, "main": training.main, "record": None}
     if training.step < training.recipe.steps: return {**result, "status": "interrupted" if training.signal else "stopped"}
     if show: print(f"{training.stage.name}: evaluating on held-out samples", flush=True)
     return {**result, "record": finish(training, out, command)}
@@ -612,7 +612,7 @@ def train_stage(stage_class, arguments, name=None, command=""):
     return run(stage, preset.stage(name).recipe, out, resume=arguments.resume, stop_after=arguments.stop_after, state=arguments.state,
                overwrite=arguments.overwrite, accept_changes=arguments.accept_changes, command=command)
 
-# %% ../../nbs/train/loop.ipynb #3eb0363c
+# %% ../../nbs/train/loop.ipynb #40fa74d0
 def say_outcome(result, name):
     "The sentence and exit code for a run's result: 0, or 128 + signal where one ended it early."
     if result["status"] == "finished": return f"{name}: finished {result['step']} steps.", 0
@@ -636,5 +636,5 @@ def stage_main(stage_class,  # class of the stage
     try: result = train_stage(stage_class, stage_parser(name).parse_args(argv), name, command_line(name, argv))
     except UserError as error: print(f"vugen train {name}: {error}", file=sys.stderr); sys.exit(2)
     sentence, code = say_outcome(result, name)
-    print(sentence, file=sys.stderr if code else sys.stdout)
+    if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
     sys.exit(code)

@@ -145,20 +145,28 @@ SMALL_WORLD = dict(
     colors=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"),
     relations=("left of", "right of", "above", "below", "inside", "surrounding", "on top of", "bigger than"))
 
-# %% ../../nbs/train/presets.ipynb #77d6ba26
+# %% ../../nbs/train/presets.ipynb #5fad3a57
+_PIXELS = dict(mixture=dict(scenes=1.0, emoji=0.0, photographs=0.0), time="logit-normal", latent_noise=0.0, perceptual=None, perceptual_size=64, perceptual_weight=0.5,
+               alignment=None, alignment_weight=0.25, statistics=2048, evaluation=500)
+
+# %% ../../nbs/train/presets.ipynb #c432e7b9
 TINY = {
     "parser": StagePreset(
-        model=dict(width=40, blocks=2),
+        model=dict(width=40, blocks=1),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250),
-        options=dict(evaluation=1000, mixture=None)),
+        options=dict(evaluation=1000)),
     "contrastive": StagePreset(
         model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, context_length=64, projection_dim=128, pool="mean"),
         recipe=Recipe(steps=1000, batch_size=192, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
         options=dict(loss="infonce", same_caption="mask", evaluation=1000)),
     "decoder": StagePreset(
-        model=dict(image_size=32, base=20, multipliers=(1, 2, 3, 3), ratio=16),
+        model=dict(ratio=16, base_channels=20, multipliers=(1, 2, 3, 3), num_layers=2),
         recipe=Recipe(steps=2000, batch_size=32, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
-        options=dict(evaluation=500)),
+        options=dict(_PIXELS)),
+    "decoder-pca": StagePreset(
+        model=dict(ratio=16, base_channels=20, multipliers=(1, 2, 3, 3), num_layers=2),
+        recipe=Recipe(steps=2000, batch_size=32, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
+        options=dict(_PIXELS)),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
@@ -177,12 +185,13 @@ def _merged(stages,  # {name: StagePreset}
         return StagePreset({**part.model, **change.get("model", {})}, replace(part.recipe, **change.get("recipe", {})), {**part.options, **change.get("options", {})})
     return {name: one(copy.deepcopy(part), changes.get(name, {})) for name, part in stages.items()}
 
-# %% ../../nbs/train/presets.ipynb #a3809c0f
+# %% ../../nbs/train/presets.ipynb #4b4c6d8b
 _SECONDS = dict(steps=4, batch_size=8, warmup_steps=2, log_every=1, checkpoint_every=2)
 SMOKE = _merged(TINY, {
     "parser": dict(recipe=_SECONDS, options=dict(evaluation=16)),
     "contrastive": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, text_hidden_size=32, text_layers=1, text_heads=2, projection_dim=16), recipe=_SECONDS, options=dict(evaluation=16)),
-    "decoder": dict(model=dict(base=8), recipe=_SECONDS, options=dict(evaluation=4)),
+    "decoder": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(statistics=64, evaluation=4)),
+    "decoder-pca": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(statistics=64, evaluation=4)),
     "vlm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64), recipe=_SECONDS, options=dict(evaluation=8)),
     "generator": dict(model=dict(num_inference_steps=4), recipe=_SECONDS, options=dict(pool=64, pool_block=16, evaluation=4)),
 })
