@@ -145,11 +145,13 @@ SMALL_WORLD = dict(
     colors=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black"),
     relations=("left of", "right of", "above", "below", "inside", "surrounding", "on top of", "bigger than"))
 
-# %% ../../nbs/train/presets.ipynb #5fad3a57
-_PIXELS = dict(mixture=dict(scenes=1.0, emoji=0.0, photographs=0.0), time="logit-normal", latent_noise=0.0, perceptual=None, perceptual_size=64, perceptual_weight=0.5,
-               alignment=None, alignment_weight=0.25, statistics=2048, evaluation=500)
+# %% ../../nbs/train/presets.ipynb #da1fcd55
+_PIXELS = dict(  # the same steps, samples and seed for both: only the reducer differs
+    model=dict(ratio=16, base_channels=16, multipliers=(1, 2, 3, 3), num_layers=2, precondition=0.85, shuffle_channels=8),
+    recipe=Recipe(steps=3000, batch_size=16, learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+    options=dict(mixture=dict(scenes=0.8, emoji=0.1, photographs=0.1), perceptual="none", alignment="none", latent_noise=0.1, statistics=2048, evaluation=500))
 
-# %% ../../nbs/train/presets.ipynb #c432e7b9
+# %% ../../nbs/train/presets.ipynb #0c55e65f
 TINY = {
     "parser": StagePreset(
         model=dict(width=40, blocks=1),
@@ -159,14 +161,8 @@ TINY = {
         model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, context_length=64, projection_dim=128, pool="mean"),
         recipe=Recipe(steps=1000, batch_size=192, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
         options=dict(loss="infonce", same_caption="mask", evaluation=1000)),
-    "decoder": StagePreset(
-        model=dict(ratio=16, base_channels=20, multipliers=(1, 2, 3, 3), num_layers=2),
-        recipe=Recipe(steps=2000, batch_size=32, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
-        options=dict(_PIXELS)),
-    "decoder-pca": StagePreset(
-        model=dict(ratio=16, base_channels=20, multipliers=(1, 2, 3, 3), num_layers=2),
-        recipe=Recipe(steps=2000, batch_size=32, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=100, log_every=20),
-        options=dict(_PIXELS)),
+    "decoder": StagePreset(**_PIXELS),
+    "decoder-pca": StagePreset(**_PIXELS),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
@@ -185,13 +181,13 @@ def _merged(stages,  # {name: StagePreset}
         return StagePreset({**part.model, **change.get("model", {})}, replace(part.recipe, **change.get("recipe", {})), {**part.options, **change.get("options", {})})
     return {name: one(copy.deepcopy(part), changes.get(name, {})) for name, part in stages.items()}
 
-# %% ../../nbs/train/presets.ipynb #4b4c6d8b
+# %% ../../nbs/train/presets.ipynb #2c81ab24
 _SECONDS = dict(steps=4, batch_size=8, warmup_steps=2, log_every=1, checkpoint_every=2)
 SMOKE = _merged(TINY, {
     "parser": dict(recipe=_SECONDS, options=dict(evaluation=16)),
     "contrastive": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, text_hidden_size=32, text_layers=1, text_heads=2, projection_dim=16), recipe=_SECONDS, options=dict(evaluation=16)),
-    "decoder": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(statistics=64, evaluation=4)),
-    "decoder-pca": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(statistics=64, evaluation=4)),
+    "decoder": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
+    "decoder-pca": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
     "vlm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64), recipe=_SECONDS, options=dict(evaluation=8)),
     "generator": dict(model=dict(num_inference_steps=4), recipe=_SECONDS, options=dict(pool=64, pool_block=16, evaluation=4)),
 })
