@@ -24,8 +24,8 @@ __all__ = ['STAGES', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS', 'checkpo
            'delivery', 'root_of', 'pick_device', 'show_rows', 'check_prompts', 'stage_class', 'Train', 'Generate',
            'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions',
            'unique_names', 'Classify', 'classify_rows', 'show_classification', 'place_scorers', 'world_size', 'Bind',
-           'report', 'Probe', 'Evaluate', 'read_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Bench',
-           'Describe', 'Play', 'overview', 'bare_json', 'read_verb', 'command_of', 'run_verb', 'main']
+           'Counter', 'report', 'Probe', 'Evaluate', 'read_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
+           'Bench', 'Describe', 'Play', 'overview', 'bare_json', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -308,7 +308,7 @@ def world_size(root):
     from vugen.understand.scorers import world_of
     return world_of(root).image_size
 
-# %% ../../nbs/lab/cli.ipynb #2111f43a
+# %% ../../nbs/lab/cli.ipynb #b7e11da8
 @dataclass
 class Bind:
     "Score 2×2 items (two pictures, two captions, the same words) with scorers."
@@ -318,13 +318,29 @@ class Bind:
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the items: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
-    device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        root, device = root_of(self.root), pick_device(self.device)
+        root = root_of(self.root)
         from vugen.understand.benchmarks import run_bind
-        rows = run_bind(place_scorers(root, self.scorer, device), self.suite, limit=self.limit, seed=self.seed, root=root)
-        report(self.json, rows, run_record(command, self.seed, root, device, suite=self.suite, limit=self.limit))
+        found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter())
+        report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
+
+# %% ../../nbs/lab/cli.ipynb #cdae2241
+class Counter:
+    "Progress of a long measurement on standard error: what, how many of how many, how long still."
+
+    def __init__(self): self.name, self.start, self.shown = None, 0.0, 0.0
+
+    def __call__(self, name, done, total):
+        now = time.monotonic()
+        if name != self.name: self.name, self.start, self.shown = name, now, 0.0
+        live = sys.stderr.isatty()
+        if done < total and now - self.shown < (0.2 if live else 10): return
+        self.shown, seconds = now, now - self.start
+        left = f", {seconds / done * (total - done):.0f}s left" if 0 < done < total else ""
+        rate = f", {done / seconds:.1f}/s" if seconds > 0 and done else ""
+        end = "" if live and done < total else "\n"
+        print(("\r\x1b[K" if live else "") + f"{name}: {done}/{total}{rate}{left}", end=end, file=sys.stderr, flush=True)
 
 
 def report(target, rows, run):
@@ -332,22 +348,21 @@ def report(target, rows, run):
     if target: write_json(target, {"run": run, "rows": rows})
     if str(target) != "-": show_rows(rows)
 
-# %% ../../nbs/lab/cli.ipynb #6bd76cd6
+# %% ../../nbs/lab/cli.ipynb #853684cb
 @dataclass
 class Probe:
     "Fit linear and attention probes for every attribute and relation on an encoder."
     encoder: str = "contrastive"  # a trained encoder, or a name or folder for transformers
-    limit: int = 2000  # training scenes
+    limit: int = 2000  # training scenes; half as many are tested
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the scenes: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
-    device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        root, device = root_of(self.root), pick_device(self.device)
+        root = root_of(self.root)
         from vugen.understand.probes import run_probe
-        rows = run_probe(self.encoder, limit=self.limit, seed=self.seed, root=root, device=device)
-        report(self.json, rows, run_record(command, self.seed, root, device, encoder=self.encoder, limit=self.limit))
+        found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
+        report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
 
 # %% ../../nbs/lab/cli.ipynb #e631ba59
 @dataclass
