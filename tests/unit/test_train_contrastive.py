@@ -1,0 +1,94 @@
+"The contrastive stage: its samples, its foils and its figures."
+import dataclasses
+
+import pytest
+import torch
+
+from vugen.data.scenes import World, batch as scene_batch, caption_of, facts, parse
+from vugen.encode.contrastive import ContrastiveModel
+from vugen.models.text import scene_tokenizer, scene_words
+from vugen.train.contrastive import FOILS, HELD_OUT, ContrastiveStage, _probe, binding_rows, contrastive_batch, false_caption, probe_rows, retrieval_rows
+from vugen.train.presets import load_preset
+
+WORLD = World(**load_preset("tiny").world)
+PAIRS = dataclasses.replace(WORLD, counts={2: 1.0})
+
+
+def test_batches_are_pure_functions_of_the_index():
+    tokenizer = scene_tokenizer(world=WORLD)
+    whole, part = contrastive_batch(WORLD, tokenizer, 0, list(range(20))), contrastive_batch(WORLD, tokenizer, 0, [17, 4])
+    assert torch.equal(part["images"], whole["images"][[17, 4]]) and torch.equal(part["groups"], whole["groups"][[17, 4]])
+    length = part["ids"].shape[1]
+    assert torch.equal(part["ids"], whole["ids"][[17, 4], :length]) and torch.equal(part["mask"], whole["mask"][[17, 4], :length])
+
+
+def test_groups_are_equal_exactly_where_facts_are():
+    tokenizer, data = scene_tokenizer(world=WORLD), scene_batch(WORLD, 0, range(150))
+    groups = contrastive_batch(WORLD, tokenizer, 0, list(range(150)))["groups"]
+    told = [parse(caption) for caption in data["captions"]]
+    for i in range(150):
+        for j in range(i): assert (groups[i] == groups[j]) == (told[i] == told[j])
+
+
+def test_no_caption_of_the_world_is_unknown_to_its_tokenizer():
+    tokenizer = scene_tokenizer(world=WORLD)
+    captions = scene_batch(WORLD, 5, range(500))["captions"]
+    ids, mask = tokenizer.encode(captions)
+    assert ids[mask].ne(tokenizer.unk_id).all()
+    assert [tokenizer.decode(ids)[i].replace(" ,", ",") for i in range(500)] == captions
+
+
+@pytest.mark.parametrize("kind", FOILS)
+def test_foils_are_false_and_grammatical(kind):
+    draw, scenes = torch.Generator().manual_seed(0), scene_batch(PAIRS, 1, range(200))["scenes"]
+    captions = [false_caption(scene, PAIRS, kind, draw) for scene in scenes]
+    made = [(scene, caption) for scene, caption in zip(scenes, captions) if caption is not None]
+    assert len(made) > 150
+    for scene, caption in made:
+        claim = parse(caption)
+        assert claim != facts(scene) and len(claim.objects) == 2
+        colors, shapes = ({getattr(part, name) for part in claim.objects} for name in ("color", "name"))
+        here = {item.color for item in scene.items}, {item.name for item in scene.items}
+        if kind.startswith("swap"): assert (colors, shapes) == here # the same words, otherwise bound
+        if kind == "replace-color": assert shapes == here[1] and not colors <= here[0]
+        if kind == "replace-shape": assert colors == here[0] and not shapes <= here[1]
+
+
+def test_a_perfect_scorer_scores_one_and_a_bag_of_words_is_fooled():
+    class Knows:
+        def __init__(self, right): self.right = right
+        def score_pairs(self, images, captions): return torch.tensor([self.right(caption) for caption in captions], dtype=torch.float)
+    truth = {caption_of(facts(scene)) for scene in scene_batch(PAIRS, 3, range(60))["scenes"]}
+    assert all(row["value"] == 1 and row["high"] == 1 for row in binding_rows(Knows(lambda caption: caption in truth), WORLD, 3, 60) if row["category"] == "swap-color")
+    words = {row["category"]: row["value"] for row in binding_rows(Knows(lambda caption: hash(frozenset(caption.split())) % 97), WORLD, 3, 60)}
+    assert words["swap-object"] < .5 # ties count as wrong
+
+
+def test_untrained_retrieval_and_binding_are_at_chance():
+    torch.manual_seed(0)
+    model = ContrastiveModel(scene_words(WORLD), hidden_size=16, num_layers=1, num_heads=2, text_hidden_size=16, text_layers=1, text_heads=2).eval()
+    for row in retrieval_rows(model, WORLD, HELD_OUT, 128, 64): assert row["value"] < .2 and row["n"] == 128
+    for row in binding_rows(model, WORLD, HELD_OUT, 100): assert row["low"] < .6 and row["high"] > .4
+
+
+def test_probe_cannot_read_noise():
+    torch.manual_seed(0)
+    features, labels = torch.randn(600, 10), torch.randint(4, (600,))
+    assert (_probe(features[:500], labels[:500], features[500:]) == labels[500:]).float().mean() < .45
+
+
+def test_probe_rows_split_by_index():
+    torch.manual_seed(0)
+    model = ContrastiveModel(scene_words(WORLD), hidden_size=16, num_layers=1, num_heads=2, text_hidden_size=16, text_layers=1, text_heads=2).eval()
+    rows = probe_rows(model.vision, WORLD, HELD_OUT, 60)
+    assert [row["n"] for row in rows] == [60, 60] and [row["chance"] for row in rows] == [1 / 8, 1 / 6]
+
+
+def test_stage_makes_a_folder_that_loads(tmp_path):
+    stage = ContrastiveStage(load_preset("smoke"), tmp_path)
+    model = stage.build().eval()
+    rows = stage.finish(model, tmp_path)
+    loaded = ContrastiveModel.from_pretrained(tmp_path)
+    images = stage.batch([0, 1])["images"]
+    assert torch.equal(loaded.score(images, ["a red circle"]), model.score(images, ["a red circle"]))
+    assert {"value", "low", "high", "n", "chance", "metric", "category", "suite", "scorer"} <= rows[0].keys()
