@@ -151,7 +151,7 @@ _PIXELS = dict(  # the same steps, samples and seed for both: only the reducer d
     recipe=Recipe(steps=3000, batch_size=16, learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
     options=dict(mixture=dict(scenes=0.8, emoji=0.1, photographs=0.1), perceptual="none", alignment="none", latent_noise=0.1, statistics=2048, evaluation=500))
 
-# %% ../../nbs/train/presets.ipynb #0c55e65f
+# %% ../../nbs/train/presets.ipynb #c1a7f206
 TINY = {
     "parser": StagePreset(
         model=dict(width=40, blocks=1),
@@ -168,9 +168,13 @@ TINY = {
         recipe=Recipe(steps=1500, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
         options=dict(evaluation=500, tasks=dict(caption=0.3, question=0.4, text=0.05, reading=0.25))),
     "generator": StagePreset(
-        model=dict(position_scale=1.0, guidance_scale=2.0, num_inference_steps=50),
-        recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.01, ema_decay=0.999, checkpoint_every=100, log_every=20),
+        model=dict(position_scale=0.3, guidance_scale=2.0, num_inference_steps=50),
+        recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.998, checkpoint_every=100, log_every=20),
         options=dict(prompt_dropout=0.1, time="logit-normal", shift=1.0, pool=40_000, pool_block=200, evaluation=500)),
+    "lit": StagePreset(
+        model=dict(projection_dim=256, image_size=128, regions=2),
+        recipe=Recipe(steps=600, batch_size=512, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, schedule="cosine", checkpoint_every=200),
+        options=dict(pictures=6000, evaluation=500, held_out_names=20, world=dict(image_size=128, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji="all"))),
 }
 
 # %% ../../nbs/train/presets.ipynb #8eef0c7e
@@ -181,7 +185,7 @@ def _merged(stages,  # {name: StagePreset}
         return StagePreset({**part.model, **change.get("model", {})}, replace(part.recipe, **change.get("recipe", {})), {**part.options, **change.get("options", {})})
     return {name: one(copy.deepcopy(part), changes.get(name, {})) for name, part in stages.items()}
 
-# %% ../../nbs/train/presets.ipynb #2c81ab24
+# %% ../../nbs/train/presets.ipynb #2c9666a1
 _SECONDS = dict(steps=4, batch_size=8, warmup_steps=2, log_every=1, checkpoint_every=2)
 SMOKE = _merged(TINY, {
     "parser": dict(recipe=_SECONDS, options=dict(evaluation=16)),
@@ -189,7 +193,9 @@ SMOKE = _merged(TINY, {
     "decoder": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
     "decoder-pca": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
     "vlm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64), recipe=_SECONDS, options=dict(evaluation=8)),
-    "generator": dict(model=dict(num_inference_steps=4), recipe=_SECONDS, options=dict(pool=64, pool_block=16, evaluation=4)),
+    "generator": dict(model=dict(num_inference_steps=2), recipe=_SECONDS, options=dict(pool=200, pool_block=100, evaluation=4)),
+    "lit": dict(model=dict(image_size=64, projection_dim=16, regions=1), recipe=_SECONDS,
+                options=dict(pictures=24, evaluation=8, held_out_names=2, world=dict(image_size=64, emoji=("dog", "cat", "car", "rock", "apple", "key", "bee", "owl")))),
 })
 
 # %% ../../nbs/train/presets.ipynb #d37b9d7d
