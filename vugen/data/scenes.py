@@ -6,21 +6,22 @@
 __all__ = ['RELATIONS', 'SIZES', 'BACKGROUNDS', 'BIGGER', 'TOUCH', 'NEAR', 'CONVERSE', 'MARGIN', 'GAP', 'AXES', 'ATTEMPTS',
            'CROWD', 'MOST', 'NUMBERS', 'EXAMPLE', 'SYNONYMS', 'VOCABULARY', 'LONGEST', 'Item', 'Relation', 'Scene',
            'relation_holds', 'Object', 'Facts', 'World', 'uniforms', 'layout_pairs', 'Drawer', 'drawer',
-           'sample_scenes', 'sample_scene', 'plural', 'named_attributes', 'facts', 'told', 'caption_of', 'caption',
-           'words', 'parse', 'layout_from_facts', 'scene_from_caption', 'background_picture', 'render', 'is_simple',
-           'sample_arrays', 'render_arrays', 'to_float', 'captions', 'batch', 'shard', 'SceneStream', 'holds',
-           'probe_targets', 'bench_world', 'scene_rate', 'bench_scenes']
+           'sample_scenes', 'sample_scene', 'holds', 'plural', 'named_attributes', 'facts', 'told', 'caption_of',
+           'caption', 'words', 'parse', 'layout_from_facts', 'scene_from_caption', 'background_picture', 'render',
+           'is_simple', 'sample_arrays', 'render_arrays', 'to_float', 'captions', 'batch', 'show_scenes', 'shard',
+           'SceneStream', 'probe_targets', 'bench_world', 'scene_rate', 'bench_scenes']
 
-# %% ../../nbs/data/scenes.ipynb #50adf733
-import dataclasses, itertools, re, time
+# %% ../../nbs/data/scenes.ipynb #5615ff9b
+import dataclasses, itertools, multiprocessing, re, time
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .sprites import COLORS, CONTOURS, EMOJI, FILLS, SHAPES, STYLES, draw_sprite, extent, inner_box, sprite_layers
+from .sprites import COLORS, CONTOURS, EMOJI, FILLS, SHAPES, STYLES, apply_style, extent, inner_box, premultiplied, sprite_layers, stroke
 from ..errors import UserError
 
 # %% ../../nbs/data/scenes.ipynb #7397bcf4
@@ -129,10 +130,11 @@ def _same_pair(objects, relations):
     for first, second in itertools.combinations(range(len(objects)), 2):
         if objects[first].description == objects[second].description and bonds[first] == bonds[second]: return first, second
 
-# %% ../../nbs/data/scenes.ipynb #ad7d0e08
+# %% ../../nbs/data/scenes.ipynb #ddc2408a
 def _merge(objects, relations):
     "Count equal objects together, keeping the order of telling."
     objects, relations = list(objects), list(dict.fromkeys(relations))
+    if len({thing.description for thing in objects}) == len(objects): return tuple(objects), tuple(relations)
     while pair := _same_pair(objects, [_plain(link) for link in relations]):
         first, second = pair
         objects[first] = dataclasses.replace(objects[first], count=objects[first].count + objects[second].count)
@@ -274,7 +276,7 @@ def _across(width_a, width_b, apart, draw):
     high = np.minimum(1 - MARGIN - width_b/2, first + .6*apart)
     return first, _between(low, np.maximum(high, low), draw[:, 3])
 
-# %% ../../nbs/data/scenes.ipynb #76457a47
+# %% ../../nbs/data/scenes.ipynb #add3bece
 def _pair_apart(scales, axis, sign, draw):
     "Centres x, y [B,2] of two items apart along `axis` (0 = x), the second after the first where `sign` is 1."
     swap = sign < 0
@@ -288,12 +290,12 @@ def _pair_apart(scales, axis, sign, draw):
 
 def _pair_stacked(scales, heights, draw):
     "Centres of two items, the first standing on the second; `heights` [B,2] are the visible heights."
-    total = heights.sum(1)
-    top = _between(MARGIN, np.maximum(1 - MARGIN - total, MARGIN), draw[:, 0])
+    apart = heights.sum(1)/2
+    y_top = _between(MARGIN + scales[:, 0]/2, 1 - MARGIN - scales[:, 1]/2 - apart, draw[:, 0])
     x_base = _between(MARGIN + scales.max(1)/2, 1 - MARGIN - scales.max(1)/2, draw[:, 1])
     x_top = x_base + (draw[:, 2] - .5)*.2*scales.min(1)
     x_top = np.clip(x_top, MARGIN + scales[:, 0]/2, 1 - MARGIN - scales[:, 0]/2)
-    return np.stack([x_top, x_base], 1), np.stack([top + heights[:, 0]/2, top + heights[:, 0] + heights[:, 1]/2], 1)
+    return np.stack([x_top, x_base], 1), np.stack([y_top, y_top + apart], 1)
 
 def _pair_nested(boxes, draw):
     "Centres and widths of an inner and an outer item; `boxes` [B,3] are the outer items' inner boxes."
@@ -496,19 +498,19 @@ def _styles(world):
     if world.split == "test" and world.held_out_style: return (world.held_out_style,)
     return tuple(style for style in world.styles if style != world.held_out_style) or ("flat",)
 
-# %% ../../nbs/data/scenes.ipynb #df194ad7
-def _item(world, tables, table, row, side):
-    concept, color = table["concept"][row, side], table["color"][row, side]
-    shape = concept < tables.shapes
-    return Item(tables.names[concept], "shape" if shape else "emoji", world.colors[color] if shape else None, world.fills[table["fill"][row, side]] if shape else "solid",
-                SIZES[table["size"][row, side]], float(table["x"][row, side]), float(table["y"][row, side]), float(table["scale"][row, side]))
+# %% ../../nbs/data/scenes.ipynb #0f7e8ac7
+def _item(world, tables, concept, color, fill, size, x, y, scale):
+    "One item from its places in the tables."
+    if concept >= tables.shapes: return Item(tables.names[concept], "emoji", None, "solid", SIZES[size], x, y, scale)
+    return Item(tables.names[concept], "shape", world.colors[color], world.fills[fill], SIZES[size], x, y, scale)
 
 def _scenes_of(world, table, style, background):
     "Tables into `Scene` objects."
     tables, styles = drawer(world), _styles(world)
-    for row, number in enumerate(table["number"]):
-        items = tuple(_item(world, tables, table, row, side) for side in range(number))
-        links = (Relation(RELATIONS[table["relation"][row]], 0, 1),) if table["relation"][row] >= 0 else ()
+    columns = [table[key].tolist() for key in ("concept", "color", "fill", "size", "x", "y", "scale")]
+    for row, (number, relation) in enumerate(zip(table["number"].tolist(), table["relation"].tolist())):
+        items = tuple(_item(world, tables, *(column[row][side] for column in columns)) for side in range(number))
+        links = (Relation(RELATIONS[relation], 0, 1),) if relation >= 0 else ()
         yield Scene(items, links, world.background[background[row]], styles[style[row]])
 
 # %% ../../nbs/data/scenes.ipynb #94e95d8b
@@ -602,7 +604,7 @@ def _chain(world, number, generator):
         if simple and generator.random() < .5: links.append(Relation(str(generator.choice(simple)), place, int(generator.integers(place))))
     return tuple(links)
 
-# %% ../../nbs/data/scenes.ipynb #928667de
+# %% ../../nbs/data/scenes.ipynb #6a528e16
 def _hidden(items, relations):
     "Whether something would vanish inside a solid thing of its own colour, or in too small a room."
     for link in relations:
@@ -639,7 +641,7 @@ def _sample_many(world, seed, index, number, counted, style, background):
         items, links = _content(world, generator, number, counted)
         if banned and world.split == "test": items, links = _force_items(world, items, links, banned[int(generator.integers(len(banned)))], counted)
         elif any(_contains(items, links, told) for told in banned): continue
-        if _hidden(items, links): continue
+        if _hidden(items, links) or (links and len({(item.name, item.color) for item in items}) < len(items)): continue
         if placed := _place_many(world, items, links, generator): return Scene(placed, links, world.background[background], _styles(world)[style])
     raise UserError("This world allows no such crowded scene; ask for fewer items, fewer relations or fewer held-out compositions.")
 
@@ -679,9 +681,29 @@ def sample_scene(
     "One scene, a pure function of its arguments."
     return sample_scenes(world, seed, [index])[0]
 
-# %% ../../nbs/data/scenes.ipynb #5316255f
+# %% ../../nbs/data/scenes.ipynb #e17f465d
+def _fits_description(item, thing):
+    mine = (item.name, item.color, item.fill, item.size)
+    return all(not word or word == own for word, own in zip(thing.description, mine))
+
+def holds(
+    scene:Scene,
+    told:Facts     # in any form
+)->bool:
+    "Whether every object of the facts is in the scene (all different) and every relation visibly holds; a number above one leaves no further such thing."
+    links = [_plain(link) for link in told.relations]
+    matches = [[place for place, item in enumerate(scene.items) if _fits_description(item, thing)] for thing in told.objects]
+    choices = [itertools.combinations(match, thing.count) for thing, match in zip(told.objects, matches)]
+    for choice in itertools.product(*choices):
+        taken = set(sum(choice, ()))
+        if len(taken) < sum(map(len, choice)) or any(thing.count > 1 and len(set(match) - taken) for thing, match in zip(told.objects, matches)): continue
+        if all(relation_holds(scene.items[first], scene.items[second], link.name) for link in links for first in choice[link.subject] for second in choice[link.object]): return True
+    return False
+
+# %% ../../nbs/data/scenes.ipynb #089d9442
 NUMBERS = ("one", "two", "three", "four", "five", "six")
-_PLURALS = {"mouse": "mice", "sheep": "sheep", "fish": "fish", "leaf": "leaves", "knife": "knives", "goose": "geese"}
+_PLURALS = {"mouse": "mice", "sheep": "sheep", "fish": "fish", "leaf": "leaves", "knife": "knives", "potato": "potatoes", "tomato": "tomatoes",
+            "mosquito": "mosquitoes"}
 
 @lru_cache(maxsize=None)
 def plural(
@@ -719,7 +741,7 @@ def facts(
     "Everything that is stated about a scene when nothing is left out."
     return Facts(tuple(_described(item, attributes) for item in scene.items), scene.relations).canonical()
 
-# %% ../../nbs/data/scenes.ipynb #8067f40b
+# %% ../../nbs/data/scenes.ipynb #643365b2
 def _drop(objects, relations, keep, draw):
     "Keep each attribute, relation and further unrelated object with probability `keep`."
     chance = iter(draw)
@@ -735,17 +757,23 @@ def _only(objects, relations, stay):
 
 def _tellable(objects, relations):
     "Whether every object that must be mentioned twice has a description of its own."
+    if len(relations) < 2: return True
     shared = {thing.description for place, thing in enumerate(objects) for other in objects[:place] if thing.description == other.description}
     uses = [place for subject in dict.fromkeys(link.subject for link in relations) for place in [subject] + [link.object for link in relations if link.subject == subject]]
     return not any(objects[place].description in shared and uses.count(place) > 1 for place in uses)
 
 def _told(scene, world, draw):
     attributes = named_attributes(world)
-    objects, relations = [_described(item, attributes) for item in scene.items], list(scene.relations)
+    whole = objects, relations = _merge([_described(item, attributes) for item in scene.items], scene.relations)
     if world.completeness < 1: objects, relations = _drop(objects, relations, world.completeness, draw[2:])
     if world.saliency_bias and draw[0] < world.saliency_bias and len(objects) == len(scene.items):
         objects, relations = _only(objects, relations, [max(range(len(objects)), key=lambda place: scene.items[place].scale)])
-    objects, relations = _merge(objects, relations)
+    partial = _tell_apart(*_merge(objects, relations))
+    # a number must stay true: where leaving something out would make it wrong, everything is told
+    return partial if all(thing.count == 1 for thing in partial.objects) or holds(scene, partial) else _tell_apart(*whole)
+
+def _tell_apart(objects, relations):
+    "Facts without the last relations that would need a second mention of things described alike."
     while not _tellable(objects, relations): relations = relations[:-1]
     return Facts(*_merge(objects, relations))
 
@@ -758,9 +786,10 @@ def told(
     "What the caption of a scene says under the dials of its world."
     return _told(scene, world, uniforms(seed, [index], range(40, 90))[0]).canonical()
 
-# %% ../../nbs/data/scenes.ipynb #dbc79b96
-def _article(word): return "an" if word[0] in "aeiou" and not word.startswith(("uni", "uku")) else "a"
+# %% ../../nbs/data/scenes.ipynb #ea9002b8
+def _article(word): return "an" if word[0] in "aeiou" or word.startswith("hour") else "a"
 
+@lru_cache(maxsize=65536)
 def _phrase(thing, again=False):
     "A noun phrase: number or article, size, fill, colour, noun."
     if not 1 <= thing.count <= len(NUMBERS): raise UserError(f"Captions count from one to six things; here are {thing.count}.")
@@ -1083,18 +1112,16 @@ def render(
         _blend(window, *(layer[:window.shape[0], :window.shape[1]] for layer in layers))
     return picture
 
-# %% ../../nbs/data/scenes.ipynb #b90452de
+# %% ../../nbs/data/scenes.ipynb #d14e94b3
 def _pillow_layers(item, width, style):
     "A shape drawn with Pillow at four times its size, no cache: the slow way, for comparison."
-    from PIL import Image, ImageDraw
-    from vugen.data.sprites import STROKE, apply_style, premultiplied
     if item.kind == "emoji": return sprite_layers(item.name, None, "solid", width, style)
     large, color = 4*width, COLORS[item.color]
     mask = Image.new("L", (large, large), 0)
     pen = ImageDraw.Draw(mask)
     for number, contour in enumerate(CONTOURS[item.name]):
         points = [tuple(point) for point in contour*(large - 1)]
-        if item.fill == "outlined": pen.line(points + points[:1], fill=255, width=round(2*STROKE*large), joint="curve")
+        if item.fill == "outlined": pen.line(points + points[:1], fill=255, width=round(2*stroke(item.name)*large), joint="curve")
         else: pen.polygon(points, fill=0 if number else 255)
     rgba = Image.new("RGBA", (large, large), color + (0,))
     if item.fill == "striped":
@@ -1208,6 +1235,25 @@ def batch(
         pictures = np.stack([render(scene, world.image_size) for scene in scenes])
     return dict(images=to_float(pictures), captions=captions(scenes, world, seed, indices), scenes=scenes)
 
+# %% ../../nbs/data/scenes.ipynb #acb18dc9
+def show_scenes(
+    scenes,           # scenes to draw
+    texts,            # their captions
+    columns:int=6,
+    size:int=96       # pixels along a side
+):                    # matplotlib figure
+    "A grid of scenes with captions below them."
+    import matplotlib.pyplot as plt
+    from textwrap import fill
+    rows = -(-len(scenes)//columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.7*columns, 2.15*rows), dpi=80, squeeze=False)
+    for axis in axes.flat: axis.axis("off")
+    for axis, scene, text in zip(axes.flat, scenes, texts):
+        axis.imshow(render(scene, size))
+        axis.set_title(fill(text, 30), fontsize=6, y=-.02, va="top")
+    figure.tight_layout()
+    return figure
+
 # %% ../../nbs/data/scenes.ipynb #8c1f32b0
 def shard(
     start:int, stop:int|None,   # indices from `start` up to `stop` (None: without end)
@@ -1237,25 +1283,6 @@ class SceneStream(IterableDataset):
             drawn = batch(self.world, self.seed, chunk)
             for place, index in enumerate(chunk):
                 yield dict(index=index, image=drawn["images"][place], caption=drawn["captions"][place], scene=drawn["scenes"][place])
-
-# %% ../../nbs/data/scenes.ipynb #19fe4366
-def _fits_description(item, thing):
-    mine = (item.name, item.color, item.fill, item.size)
-    return all(not word or word == own for word, own in zip(thing.description, mine))
-
-def holds(
-    scene:Scene,
-    told:Facts     # in any form
-)->bool:
-    "Whether every object of the facts is in the scene (all different) and every relation visibly holds; a number above one must be exact."
-    links = [_plain(link) for link in told.relations]
-    matches = [[place for place, item in enumerate(scene.items) if _fits_description(item, thing)] for thing in told.objects]
-    if any(thing.count > 1 and len(match) != thing.count for thing, match in zip(told.objects, matches)): return False
-    choices = [itertools.combinations(match, thing.count) for thing, match in zip(told.objects, matches)]
-    for choice in itertools.product(*choices):
-        if len(set(sum(choice, ()))) == sum(map(len, choice)) and all(
-            relation_holds(scene.items[first], scene.items[second], link.name) for link in links for first in choice[link.subject] for second in choice[link.object]): return True
-    return False
 
 # %% ../../nbs/data/scenes.ipynb #e8ee0671
 def _label(values):
@@ -1302,7 +1329,7 @@ def probe_targets(
     read = _single_targets(scenes) if numbers == {1} else _pair_targets(scenes)
     return {name: _label(values) for name, values in read.items() if len(set(values)) > 1}
 
-# %% ../../nbs/data/scenes.ipynb #3b661aea
+# %% ../../nbs/data/scenes.ipynb #b59c980c
 def bench_world(
     emoji:bool=True   # with emoji art
 )->World:
@@ -1316,10 +1343,10 @@ def _bench_chunk(case, world, start, number):
     if case == "training batch": return batch(world, 0, indices)["images"]
     return [render(scene, world.image_size, "pillow") for scene in sample_scenes(world, 0, indices)]
 
-def _bench_process(case, world, seconds, process, barrier, results):
+def _bench_process(case, world, seconds, process, barrier, results, warm=60):
     "One process: fill the caches, wait for the others, then count the scenes done in `seconds`."
     world, chunk = World.from_dict(world), 512 if case != "pillow" else 32
-    for warm in range(60 if case != "pillow" else 1): _bench_chunk(case, world, warm*chunk, chunk)
+    for turn in range(warm): _bench_chunk("atlas", world, turn*512, 512)
     barrier.wait()
     begin, done = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
@@ -1327,7 +1354,7 @@ def _bench_process(case, world, seconds, process, barrier, results):
         done += chunk
     results.put(done/(time.perf_counter() - begin))
 
-# %% ../../nbs/data/scenes.ipynb #35cd8636
+# %% ../../nbs/data/scenes.ipynb #5f20d4ec
 def scene_rate(
     case:str,              # "atlas", "pillow" or "training batch"
     world:World,
@@ -1335,7 +1362,6 @@ def scene_rate(
     seconds:float=2.0
 )->float:                  # scenes per second, all processes together
     "Rate of one case, measured with warm caches in processes that start together."
-    import multiprocessing
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(processes), context.Queue()
     workers = [context.Process(target=_bench_process, args=(case, world.asdict(), seconds, number, barrier, results), daemon=True) for number in range(processes)]

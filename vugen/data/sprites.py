@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'FILLS', 'STYLES', 'CONTOURS', 'SHAPES', 'STROKE', 'STRIPE', 'EMOJI', 'ATLAS_SIZE', 'ATLAS_VERSION',
-           'regular', 'signed_distance', 'shape_masks', 'draw_shape', 'apply_style', 'over_white', 'emoji_name',
-           'openmoji_folder', 'premultiplied', 'build_atlas', 'default_atlas', 'Atlas', 'load_atlas', 'emoji_sprite',
-           'draw_sprite', 'sprite_layers', 'extent', 'inner_box']
+           'regular', 'signed_distance', 'stroke', 'shape_masks', 'draw_shape', 'apply_style', 'over_white',
+           'emoji_name', 'openmoji_folder', 'premultiplied', 'build_atlas', 'default_atlas', 'Atlas', 'load_atlas',
+           'emoji_sprite', 'draw_sprite', 'sprite_layers', 'extent', 'inner_box']
 
-# %% ../../nbs/data/sprites.ipynb #c2fee23a
-import math, os
+# %% ../../nbs/data/sprites.ipynb #3ebadbf5
+import io, math, os
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError
 from ..paths import atomic_path, cache_dir
@@ -97,8 +98,8 @@ def signed_distance(
     crossed = above & (points[..., 0] < start[:, 0] + slope*(points[..., 1] - start[:, 1]))
     return (distance * np.where(crossed.sum(1) % 2, -1, 1)).reshape(size, size)
 
-# %% ../../nbs/data/sprites.ipynb #4c0b0d76
-STROKE = 0.13   # width of an outline as a share of the sprite's side
+# %% ../../nbs/data/sprites.ipynb #13f0aab9
+STROKE = 0.13   # width of an outline as a share of the sprite's side; thin shapes take less
 STRIPE = 0.30   # period of the stripes as a share of the side
 
 def _coverage(distance, size):
@@ -108,6 +109,13 @@ def _coverage(distance, size):
 def _average(field, factor):
     side = field.shape[0] // factor
     return field.reshape(side, factor, side, factor).mean((1, 3))
+
+@lru_cache(maxsize=None)
+def stroke(
+    shape:str   # one of `SHAPES`
+)->float:       # share of the side
+    "Width of the outline of a shape: thin shapes get a thinner line, so that some inside remains."
+    return min(STROKE, .6*float(-signed_distance(shape, 64).min()))
 
 @lru_cache(maxsize=4096)
 def shape_masks(
@@ -119,7 +127,7 @@ def shape_masks(
     factor = 2 if size < 48 else 1
     fine = size*factor
     distance = signed_distance(shape, fine)
-    solid, rim = _coverage(distance, fine), _coverage(np.abs(distance + STROKE/2) - STROKE/2, fine)
+    solid, rim = _coverage(distance, fine), _coverage(np.abs(distance + stroke(shape)/2) - stroke(shape)/2, fine)
     if fill == "outlined": return _average(rim, factor), np.ones((size, size))
     if fill == "solid": return _average(solid, factor), np.ones((size, size))
     grid = (np.arange(fine) + .5) / fine
@@ -181,7 +189,7 @@ def over_white(
     alpha = rgba[..., 3:].astype(float)/255
     return (rgba[..., :3]*alpha + 255*(1 - alpha)).round().astype(np.uint8)
 
-# %% ../../nbs/data/sprites.ipynb #7124a6ca
+# %% ../../nbs/data/sprites.ipynb #ca07dd30
 _EMOJI_WORDS = """
 dog 1F415, cat 1F408, mouse 1F401, rabbit 1F407, horse 1F40E, cow 1F404, pig 1F416, sheep 1F411, goat 1F410, camel 1F42A,
 elephant 1F418, monkey 1F412, tiger 1F405, leopard 1F406, zebra 1F993, giraffe 1F992, kangaroo 1F998, llama 1F999, sloth 1F9A5, otter 1F9A6,
@@ -191,20 +199,20 @@ crocodile 1F40A, dragon 1F409, whale 1F40B, dolphin 1F42C, seal 1F9AD, fish 1F41
 shrimp 1F990, squid 1F991, snail 1F40C, butterfly 1F98B, ant 1F41C, bee 1F41D, ladybug 1F41E, spider 1F577, scorpion 1F982, mosquito 1F99F,
 tree 1F333, pine 1F332, palm 1F334, cactus 1F335, tulip 1F337, rose 1F339, sunflower 1F33B, clover 1F340, leaf 1F343, mushroom 1F344,
 chestnut 1F330, shell 1F41A, rock 1FAA8, apple 1F34E, pear 1F350, peach 1F351, cherry 1F352, strawberry 1F353, kiwi 1F95D, tomato 1F345,
-coconut 1F965, avocado 1F951, eggplant 1F346, potato 1F954, carrot 1F955, corn 1F33D, pepper 1FAD1, cucumber 1F952, broccoli 1F966, garlic 1F9C4,
-onion 1F9C5, peanut 1F95C, banana 1F34C, pineapple 1F34D, melon 1F348, watermelon 1F349, lemon 1F34B, tangerine 1F34A, bread 1F35E, croissant 1F950,
-pretzel 1F968, bagel 1F96F, pancake 1F95E, cheese 1F9C0, burger 1F354, pizza 1F355, sandwich 1F96A, taco 1F32E, egg 1F95A, donut 1F369,
+coconut 1F965, avocado 1F951, eggplant 1F346, potato 1F954, carrot 1F955, pepper 1FAD1, cucumber 1F952,
+onion 1F9C5, peanut 1F95C, banana 1F34C, pineapple 1F34D, melon 1F348, watermelon 1F349, lemon 1F34B, tangerine 1F34A, croissant 1F950,
+pretzel 1F968, bagel 1F96F, pancake 1F95E, burger 1F354, pizza 1F355, sandwich 1F96A, taco 1F32E, egg 1F95A, donut 1F369,
 cookie 1F36A, cake 1F370, cupcake 1F9C1, pie 1F967, candy 1F36C, lollipop 1F36D, teapot 1FAD6, knife 1F52A, spoon 1F944, house 1F3E0,
 castle 1F3F0, tent 26FA, church 26EA, fountain 26F2, train 1F686, bus 1F68C, ambulance 1F691, fire engine 1F692, taxi 1F695, car 1F697,
 truck 1F69A, tractor 1F69C, scooter 1F6F4, motorcycle 1F3CD, bicycle 1F6B2, sailboat 26F5, canoe 1F6F6, ship 1F6A2, airplane 2708, helicopter 1F681,
 rocket 1F680, parachute 1FA82, anchor 2693, wheel 1F6DE, hourglass 231B, watch 231A, clock 23F0, umbrella 2602, snowman 26C4, balloon 1F388,
-kite 1FA81, basketball 1F3C0, football 1F3C8, volleyball 1F3D0, trophy 1F3C6, teddy bear 1F9F8, puzzle 1F9E9, yarn 1F9F6, shirt 1F455, dress 1F457,
+kite 1FA81, basketball 1F3C0, football 1F3C8, volleyball 1F3D0, trophy 1F3C6, teddy bear 1F9F8, puzzle 1F9E9, shirt 1F455, dress 1F457,
 sock 1F9E6, boot 1F462, sneaker 1F45F, hat 1F452, crown 1F451, backpack 1F392, handbag 1F45C, lipstick 1F484, gem 1F48E, bell 1F514,
 trumpet 1F3BA, violin 1F3BB, guitar 1F3B8, piano 1F3B9, drum 1F941, banjo 1FA95, phone 1F4F1, laptop 1F4BB, printer 1F5A8, keyboard 2328,
 television 1F4FA, camera 1F4F7, candle 1F56F, lamp 1F4A1, book 1F4D5, envelope 2709, pencil 270F, crayon 1F58D, paperclip 1F4CE, lock 1F512,
 key 1F511, hammer 1F528, axe 1FA93, wrench 1F527, gear 2699, magnet 1F9F2, ladder 1FA9C, microscope 1F52C, telescope 1F52D,
 syringe 1F489, pill 1F48A, door 1F6AA, bed 1F6CF, couch 1F6CB, chair 1FA91, toilet 1F6BD, shower 1F6BF, bathtub 1F6C1, broom 1F9F9,
-basket 1F9FA, bucket 1FAA3, soap 1F9FC, sponge 1F9FD, cart 1F6D2, robot 1F916, ghost 1F47B, skull 1F480, pumpkin 1F383, globe 1F30D
+basket 1F9FA, bucket 1FAA3, sponge 1F9FD, cart 1F6D2, robot 1F916, ghost 1F47B, skull 1F480, pumpkin 1F383, globe 1F30D
 """
 EMOJI = dict(pair.strip().rsplit(" ", 1) for pair in _EMOJI_WORDS.split(","))
 
@@ -218,9 +226,9 @@ def emoji_name(
     known = emoji.EMOJI_DATA.get(character) or emoji.EMOJI_DATA.get(character + "\N{VARIATION SELECTOR-16}")
     return known["en"].strip(":").replace("_", " ") if known else ""
 
-# %% ../../nbs/data/sprites.ipynb #a7d78652
+# %% ../../nbs/data/sprites.ipynb #072b9cbd
 ATLAS_SIZE = 128   # pixels along a side of an emoji in the atlas
-ATLAS_VERSION = 1
+ATLAS_VERSION = 3
 
 def openmoji_folder()->Path|None:
     "Folder with OpenMoji's colour SVG files, or None where the package is not installed."
@@ -228,7 +236,7 @@ def openmoji_folder()->Path|None:
     folders = [Path(place) for place in spec.submodule_search_locations] if spec else []
     return next((folder for base in folders for folder in (base/"openmoji"/"svg"/"color", base/"openmoji"/"svg") if any(folder.glob("1F415.svg*"))), None)
 
-# %% ../../nbs/data/sprites.ipynb #142a18e9
+# %% ../../nbs/data/sprites.ipynb #33e3933b
 def _square(rgba):
     "Cut to the visible box and centre in the smallest square."
     rows, columns = np.where(rgba[..., 3].max(1) > 8)[0], np.where(rgba[..., 3].max(0) > 8)[0]
@@ -241,11 +249,10 @@ def _square(rgba):
 
 def _resize(rgba, size):
     "Area-average a straight RGBA picture through its premultiplied form, so that no dark fringe appears."
-    from PIL import Image
     bands = np.dstack([premultiplied(rgba), rgba[..., 3]])
     small = np.dstack([np.asarray(Image.fromarray(band).resize((size, size), Image.Resampling.BOX)) for band in np.moveaxis(bands, -1, 0)])
-    alpha = np.maximum(small[..., 3:].astype(float), 1)
-    return np.dstack([np.minimum(small[..., :3]*255/alpha, 255).round().astype(np.uint8), small[..., 3]])
+    color, alpha = small[..., :3].astype(float), np.maximum(small[..., 3:].astype(float), 1)
+    return np.dstack([np.minimum(color*255/alpha, 255).round().astype(np.uint8), small[..., 3]])
 
 def premultiplied(
     rgba:np.ndarray   # uint8 [H,W,4], straight
@@ -253,11 +260,10 @@ def premultiplied(
     "Colour planes scaled by opacity, rounded."
     return ((rgba[..., :3].astype(np.uint16)*rgba[..., 3:] + 127)//255).astype(np.uint8)
 
-# %% ../../nbs/data/sprites.ipynb #73105348
+# %% ../../nbs/data/sprites.ipynb #c7218b40
 def _rasterise(path):
     "One SVG file as a square straight RGBA picture of `ATLAS_SIZE`."
-    import io, resvg_py
-    from PIL import Image
+    import resvg_py
     png = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=2*ATLAS_SIZE, height=2*ATLAS_SIZE))
     return _resize(_square(np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))), ATLAS_SIZE)
 
@@ -348,15 +354,16 @@ def extent(
     alpha = load_atlas()[name][..., 3] > 8
     return tuple(float(np.ptp(np.where(alpha.any(axis))[0]) + 1)/len(alpha) for axis in (0, 1))
 
-# %% ../../nbs/data/sprites.ipynb #ed6d350b
+# %% ../../nbs/data/sprites.ipynb #433be3de
 def _largest_square(mask):
-    "Corner (row, column) and side of the largest square of True in a boolean picture."
+    "Corner (row, column) and side of the largest square of True in a boolean picture, the most central one of several."
     side = np.zeros(np.array(mask.shape) + 1, int)
     for row in range(mask.shape[0]):
         for column in range(mask.shape[1]):
             if mask[row, column]: side[row + 1, column + 1] = 1 + min(side[row, column], side[row, column + 1], side[row + 1, column])
-    row, column = np.unravel_index(side.argmax(), side.shape)
-    return row - side.max(), column - side.max(), int(side.max())
+    ends = np.argwhere(side == side.max())
+    row, column = ends[np.abs(ends - side.max()/2 - np.array(mask.shape)/2).sum(1).argmin()] - side.max()
+    return int(row), int(column), int(side.max())
 
 def _enclosed(mask):
     "Pixels outside `mask` that the border cannot reach: its holes."
@@ -379,4 +386,4 @@ def inner_box(
     hole = _enclosed(mask)
     boxes = [_largest_square(hole), _largest_square(mask | hole)]
     row, column, side = boxes[0] if boxes[0][2] >= 16 else boxes[1]
-    return ((column + side/2)/64, (row + side/2)/64, side/64)
+    return (column + side/2)/64, (row + side/2)/64, side/64
