@@ -229,7 +229,7 @@ def probe_tasks(
     tasks = [*scene_tasks(scenes, 1), count, *scene_tasks(scenes, 2), *binding_tasks(world, scenes)]
     return [task for task in tasks if len(task.labels[task.labels >= 0].unique()) > 1]
 
-# %% ../../nbs/understand/probes.ipynb #e2a529c4
+# %% ../../nbs/understand/probes.ipynb #a41b0a21
 PROBE_SEED = 7_000_000  # added to the probe's seed: training runs use small ones
 
 @torch.no_grad()
@@ -240,8 +240,8 @@ def extract(
     batch_size: int = 128,
 ) -> dict[str, torch.Tensor]:  # readout → [n, D]; "tokens" → [n, N, D]
     "What an encoder gives for pictures: pooled vector, mean of the tokens, the tokens, and further vectors"
-    parts = []
-    for chunk in images.split(batch_size):
+    parts, weight = [], next(iter(encoder.parameters()), images) if hasattr(encoder, "parameters") else images
+    for chunk in images.to(weight.device).split(batch_size):
         patches = encoder(chunk)
         parts.append({"pooled vector": patches.pooled, "mean token": patches.tokens.mean(1), **{name: read(chunk) for name, read in (vectors or {}).items()}, "tokens": patches.tokens})
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
@@ -270,12 +270,12 @@ def probe_data(
     tasks = [task for task in probe_tasks(world, samples["scenes"]) if all((task.labels[part] >= 0).any() for part in parts)]
     return ProbeData(samples["images"], tasks, parts)
 
-# %% ../../nbs/understand/probes.ipynb #0067e6e7
+# %% ../../nbs/understand/probes.ipynb #1dbe3664
 def shuffled(
     data: ProbeData,
     seed: int = 0,
 ) -> ProbeData:
-    "Control: the same pictures with the labels of the training and validation scenes dealt out anew, so that nothing can be learned"
+    "Control: the same pictures with the labels of the training and validation scenes dealt out anew, so that nothing can be learned; pictures that look alike rise or fall together, so a single deal strays from chance by more than its interval says"
     def deal(labels):
         for part in data.parts[:2]:
             applies = (labels[part] >= 0).nonzero()[:, 0] + part.start

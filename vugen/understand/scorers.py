@@ -27,15 +27,16 @@ __all__ = ['SCORERS', 'reading', 'PairScorer', 'score_items', 'ContrastiveScorer
            'word_shuffled', 'Planted', 'PerfectScorer', 'WordSpotter', 'RandomScorer', 'world_of', 'Parts',
            'scorer_names', 'load_scorers']
 
-# %% ../../nbs/understand/scorers.ipynb #13191409
+# %% ../../nbs/understand/scorers.ipynb #e8d3c8a4
 @contextmanager
 def reading(
     name: str,  # of the scorer
     captions: Iterable[str],  # that it is about to read
 ):
-    "Refuse empty captions, and put the scorer's name before any complaint about a word"
+    "Refuse empty captions and special tokens, and put the scorer's name before any complaint about a word"
     for number, caption in enumerate(captions):
         if not caption.strip(): raise UserError(f"scorer {name!r} was given an empty caption (number {number + 1}): write one such as 'a red circle'.")
+        if "<" in caption: raise UserError(f"scorer {name!r} cannot read {caption[:40]!r}: '<' is kept for special tokens, write the caption without.")
     try: yield
     except UserError as error: raise UserError(f"scorer {name!r} cannot read a caption: {error}") from error
 
@@ -78,7 +79,7 @@ def score_items(
     if hasattr(scorer, "score_items"): return scorer.score_items(images, captions).float().cpu()
     return torch.stack([scorer.score(pictures, list(texts)).float().cpu() for pictures, texts in zip(images, captions, strict=True)])
 
-# %% ../../nbs/understand/scorers.ipynb #b25d7d59
+# %% ../../nbs/understand/scorers.ipynb #e888f3f5
 class ContrastiveScorer(PairScorer):
     "Cosine of two towers that share a space (CLIP)"
     def __init__(self,
@@ -94,7 +95,7 @@ class ContrastiveScorer(PairScorer):
             place = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
             unique = list(place)
             text = torch.cat([self.model.encode_text(unique[start:start + 256]) for start in range(0, len(unique), 256)])
-        picture = torch.cat([self.model.encode_image(part) for part in images.split(256)])
+        picture = torch.cat([self.model.encode_image(part.to(text.device)) for part in images.split(256)])
         return picture.float(), text.float()[[place[caption] for caption in captions]]
 
     def score(self, images, captions):
@@ -293,7 +294,7 @@ def world_of(
         if dials: return World.from_dict(dials)
     raise UserError(f"{root} holds no trained stage (no */run.json): train one with `vugen train`, or name another folder.")
 
-# %% ../../nbs/understand/scorers.ipynb #c98f26d6
+# %% ../../nbs/understand/scorers.ipynb #1785cfda
 class Parts:
     "The trained parts under a folder of checkpoints, each loaded when it is first needed and then shared"
     def __init__(self,
@@ -314,8 +315,8 @@ class Parts:
 
     @cached_property
     def lit(self):
-        from vugen.encode.lit import LiTModel
-        return LiTModel.from_pretrained(self.root / "lit").eval()
+        from vugen.encode.lit import LiTPair
+        return LiTPair.from_pretrained(self.root / "lit").eval()
 
     @cached_property
     def vlm(self):
