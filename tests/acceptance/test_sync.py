@@ -1,0 +1,99 @@
+"Notebooks, package, README and sidebar say the same; every module imports alone and lightly."
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from vugen.lab.docs import notebooks, project_root, readme_pages, sidebar
+
+ROOT = project_root(Path(__file__).parent)
+NOTEBOOKS = [p.relative_to(ROOT / "nbs").as_posix() for p in notebooks(ROOT)]
+MODULES = sorted(p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in (ROOT / "vugen").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+HEAVY = ("gradio", "umap", "captum", "diffusers", "datasets", "faiss", "matplotlib", "sklearn", "pandas", "torchvision", "transformers")
+
+
+def book(name):
+    return json.loads((ROOT / "nbs" / name).read_text(encoding="utf-8"))
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def test_cleaning_and_exporting_leaves_no_difference(tmp_path):
+    for name in ("nbs", "vugen"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    binaries = Path(sys.executable).parent
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command in ("nbdev_clean", "nbdev_export"):
+        subprocess.run([str(binaries / command)], cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
+    tracked = [p.relative_to(ROOT) for name in ("nbs", "vugen") for p in (ROOT / name).rglob("*")
+               if p.is_file() and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts]
+    changed = [str(p) for p in tracked if not (tmp_path / p).exists() or not filecmp.cmp(ROOT / p, tmp_path / p, shallow=False)]
+    made = [str(p.relative_to(tmp_path)) for p in (tmp_path / "vugen").rglob("*.py") if not (ROOT / p.relative_to(tmp_path)).exists()]
+    assert not changed and not made, "run `make export` and commit: " + ", ".join(changed + made)
+
+
+def test_readme_is_made_from_the_index():
+    stale = [name for name, content in readme_pages(book("index.ipynb")).items() if not (ROOT / name).is_file() or (ROOT / name).read_bytes() != content]
+    assert not stale, "run `make readme` and commit: " + ", ".join(stale)
+
+
+def test_sidebar_lists_every_notebook():
+    assert (ROOT / "nbs" / "sidebar.yml").read_text(encoding="utf-8") == sidebar(ROOT), "run `python -m vugen.lab.docs sidebar` and commit"
+
+
+def test_every_module_has_its_notebook():
+    named = {re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, book(n)["cells"])), re.MULTILINE) for n in NOTEBOOKS}
+    exported = {f"vugen.{found[1]}" for found in named if found}
+    assert exported == set(MODULES)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_executed_small_and_speaks_of_no_machine(name):
+    path = ROOT / "nbs" / name
+    text = path.read_text(encoding="utf-8")
+    cells = [c for c in book(name)["cells"] if c["cell_type"] == "code"]
+    errors = [o for c in cells for o in c["outputs"] if o["output_type"] == "error"]
+    assert not errors and path.stat().st_size < 1_500_000
+    assert not re.findall(r"/(?:root|home|tmp|Users|work)/[\w.]+", text), "an output shows a path of one machine"
+    shows = [c for c in cells if not re.search(r"^#\|\s*(export|hide|default_exp|eval: false)", source(c), re.MULTILINE)]
+    assert not shows or any(c["outputs"] for c in shows), "commit the notebook executed (`make notebooks`)"
+
+
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if "/" in n])
+def test_notebook_has_title_subtitle_and_checks(name):
+    cells = book(name)["cells"]
+    first = next(source(c) for c in cells if c["cell_type"] == "markdown")
+    assert re.match(r"# \S.*\n+> \S", first), "begin with '# Title' and a '> subtitle'"
+    assert any("assert" in source(c) for c in cells if c["cell_type"] == "code")
+
+
+def _import_alone(module):
+    code = f"import sys, {module}; print(','.join(m for m in {HEAVY!r} if m in sys.modules))"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return module, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=env)
+
+
+def test_every_module_imports_alone_and_lightly(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(_import_alone, MODULES))
+    failed = {m: r.stderr.strip().splitlines()[-1] for m, r in runs if r.returncode}
+    heavy = {m: r.stdout.strip() for m, r in runs if not r.returncode and r.stdout.strip()}
+    assert not failed and not heavy
+
+
+def test_no_module_reads_pickles_or_stars():
+    text = {p: p.read_text(encoding="utf-8") for p in (ROOT / "vugen").rglob("*.py")}
+    bad = [str(p.relative_to(ROOT)) for p, t in text.items()
+           if re.search(r"import \*|import pickle|pickle\.load|weights_only=False|trust_remote_code=True|allow_pickle=True", t)]
+    assert not bad
