@@ -66,7 +66,7 @@ def test_killed_twice_at_random_steps_and_resumed_is_bit_identical(whole, tmp_pa
     for words in ([], ["--resume"]):
         process = start(preset, out, *words, LINE_PAUSE="0.01")
         goal = step_in(out) + chance.choice([10, 20, 30])
-        wait_for(lambda: step_in(out) >= goal, process)
+        wait_for(lambda goal=goal: step_in(out) >= goal, process)
         time.sleep(chance.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -1,0 +1,280 @@
+"""The program as a user meets it: trained from nothing, asked from any folder, and polite about every mistake."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vugen.data.images import load_image, to_pil
+from vugen.data.scenes import World, batch
+from vugen.lab.cli import main
+from vugen.train.presets import load_preset
+
+PROMPT = "a red circle left of a blue square"
+
+
+def call(*words):
+    "Exit code of the program, run in this process."
+    with pytest.raises(SystemExit) as left: main([str(word) for word in words])
+    return left.value.code
+
+
+def program(*words, cwd, **environment):
+    "The program in a process of its own."
+    return subprocess.run([sys.executable, "-m", "vugen.lab.cli", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environment})
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    "Checkpoints of every stage that the verbs need, trained for a few steps by the public command."
+    root = tmp_path_factory.mktemp("smoke")
+    for stage in ("parser", "contrastive", "decoder", "vlm", "generator"):
+        assert call("train", stage, "--preset", "smoke", "--root", root) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    "A scene as a file."
+    path = tmp_path_factory.mktemp("pictures") / "scene.png"
+    to_pil(batch(World(**load_preset("tiny").world), 1, [0])["images"][0]).resize((96, 96)).save(path)
+    return path
+
+
+def test_a_trained_stage_tells_how_it_came_about(smoke):
+    for stage in ("parser", "contrastive", "decoder", "vlm", "generator"):
+        record = json.loads((smoke / stage / "run.json").read_text())
+        assert record["stage"] == stage and record["steps"] == 4 and record["rows"] and record["world"]["image_size"] == 32
+        card = (smoke / stage / "README.md").read_text()
+        assert "Held-out figures" in card and str(smoke) not in card + json.dumps(record)
+    assert [path.name for path in smoke.iterdir() if not path.name.startswith(".")].__len__() == 5
+
+
+# ---- what works -------------------------------------------------------------------------------------------------------------
+
+def test_generate_writes_pictures_and_is_repeatable(smoke, tmp_path, capsys):
+    for name in ("first", "second"):
+        assert call("generate", PROMPT, "a green star", "--n", 2, "--steps", 2, "--seed", 5, "--out", tmp_path / name, "--root", smoke) == 0
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["00000.png", "00001.png", "00002.png", "00003.png", "generate.json"]
+    pixels = [[np.array(load_image(tmp_path / name / f"0000{number}.png")) for number in range(4)] for name in ("first", "second")]
+    assert all(np.array_equal(one, two) for one, two in zip(*pixels)) and not np.array_equal(pixels[0][0], pixels[0][1])
+    written = json.loads((tmp_path / "first/generate.json").read_text())
+    assert [row["prompt"] for row in written["rows"]] == [PROMPT, PROMPT, "a green star", "a green star"]
+    assert written["run"]["seed"] == 5 and set(written["run"]["checkpoints"]) >= {"generator", "vlm"} and str(tmp_path) not in json.dumps(written)
+
+
+def test_reconstruct_shows_and_measures(smoke, picture, tmp_path, capsys):
+    assert call("reconstruct", picture, "--steps", 2, "--out", tmp_path / "out", "--root", smoke) == 0
+    rows = json.loads((tmp_path / "out/reconstruct.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == ["learned"] and rows[0]["metric"] == "PSNR" and rows[0]["value"] > 3
+    panel = load_image(tmp_path / "out" / rows[0]["file"])
+    assert panel.width > 2 * 256 - 1
+
+
+def test_classify_prints_and_writes_every_scorer(smoke, picture, tmp_path, capsys):
+    assert call("classify", picture, "--captions", PROMPT, "a green star", "--json", tmp_path / "rows.json", "--root", smoke) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    scorers = {row["scorer"] for row in rows}
+    assert {"contrastive", "likelihood", "denoising"} <= scorers and len(rows) == 2 * len(scorers)
+    for scorer in scorers:
+        own = [row for row in rows if row["scorer"] == scorer]
+        assert sum(row["share"] for row in own) == pytest.approx(1, abs=1e-4) and sum(row["best"] for row in own) == 1
+        assert max(own, key=lambda row: row["value"])["best"]
+    assert all(scorer in capsys.readouterr().out for scorer in scorers)
+
+
+def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
+    assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--json", tmp_path / "bind.json", "--root", smoke) == 0
+    found = json.loads((tmp_path / "bind.json").read_text())
+    assert {"scorer", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0])
+    assert all(row["low"] <= row["value"] <= row["high"] for row in found["rows"]) and "versions" in found["run"] and "seed" in found["run"]
+    assert call("probe", "--encoder", "contrastive", "--limit", 60, "--json", tmp_path / "probe.json", "--root", smoke) == 0
+    assert {"suite", "metric", "value", "n"} <= set(json.loads((tmp_path / "probe.json").read_text())["rows"][0])
+
+
+def test_evaluate_judges_generated_pictures_and_compares_folders(smoke, tmp_path, capsys):
+    assert call("generate", PROMPT, "a green star", "--steps", 2, "--out", tmp_path / "drawn", "--root", smoke) == 0
+    assert call("evaluate", tmp_path / "drawn", "--reference", tmp_path / "drawn", "--json", tmp_path / "rows.json", "--root", smoke) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {"generated", "generated, prompts shuffled", "rendered"} <= {row["images"] for row in rows}
+    psnr, frechet = [row for row in rows if row["metric"] == "PSNR"], [row for row in rows if row["metric"].startswith("Fréchet")]
+    assert psnr[0]["value"] > 90 and frechet[0]["value"] == pytest.approx(0, abs=1e-3) and frechet[0]["metric"] != "FID"
+
+
+def test_describe_prints_json_without_weights(capsys, tmp_path):
+    assert call("describe", "tiny", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["preset"] == "tiny" and found["memory_gib"] > 0
+    assert all(set(part) == {"name", "parameters", "trainable", "gflops_per_image"} for part in found["parts"])
+    assert sum(part["parameters"] for part in found["parts"]) < 10_000_000
+
+
+def test_every_verb_has_help(capsys):
+    from vugen.lab.cli import VERBS
+    for verb in VERBS:
+        assert call(verb, "--help") == 0
+        assert VERBS[verb].__doc__.split(",")[0][:30] in capsys.readouterr().out
+
+
+def test_help_answers_at_once(tmp_path):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = program("--help", cwd=tmp_path)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "generate" in done.stdout
+    print(f"vugen --help: {min(times):.2f} s")
+    light = subprocess.run([sys.executable, "-X", "importtime", "-m", "vugen.lab.cli", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in light.stderr.splitlines()}
+    assert not loaded & {"torch", "numpy", "transformers", "tyro", "PIL", "gradio", "matplotlib"}
+
+
+# ---- the embedded checkpoints -----------------------------------------------------------------------------------------------
+
+def test_embedded_checkpoints_answer_from_any_folder(picture, tmp_path):
+    done = program("generate", PROMPT, "--out", "drawn", "--steps", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert load_image(tmp_path / "drawn/00000.png").size == (32, 32)
+    done = program("reconstruct", picture, "--out", "back", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    quality = {row["images"]: row["value"] for row in json.loads((tmp_path / "back/reconstruct.json").read_text())["rows"]}
+    assert set(quality) == {"learned", "pca"} and min(quality.values()) > 12
+    done = program("classify", picture, "--captions", PROMPT, "a green star", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and {"contrastive", "likelihood", "denoising"} <= {row["scorer"] for row in json.loads(done.stdout)["rows"]}, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "drawn"]
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def bad(tmp_path_factory, picture, smoke):
+    "Files and folders that are wrong in one way each."
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "truncated.png").write_bytes(picture.read_bytes()[:120])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "words.png").write_text("not a picture")
+    for name in ("missing", "truncated", "foreign", "garbled"): shutil.copytree(smoke, folder / name)
+    (folder / "missing/generator/model.safetensors").unlink()
+    weights = folder / "truncated/generator/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    config = json.loads((folder / "foreign/generator/config.json").read_text())
+    (folder / "foreign/generator/config.json").write_text(json.dumps({**config, "class": "BertModel"}))
+    (folder / "garbled/generator/config.json").write_text("{")
+    (folder / "nothing").mkdir()
+    return folder
+
+
+MISTAKES = {
+    "missing image": ("reconstruct {bad}/none.png --out {out} --root {smoke}", "none.png"),
+    "truncated image": ("reconstruct {bad}/truncated.png --out {out} --root {smoke}", "truncated.png"),
+    "empty image": ("reconstruct {bad}/empty.png --out {out} --root {smoke}", "empty.png"),
+    "text as image": ("reconstruct {bad}/words.png --out {out} --root {smoke}", "words.png"),
+    "second image bad": ("reconstruct {picture} {bad}/words.png --out {out} --root {smoke}", "words.png"),
+    "folder as image": ("classify {bad} --captions a_red_circle a_blue_star --root {smoke}", "bad"),
+    "no image": ("reconstruct --out {out} --root {smoke}", "image"),
+    "no steps": ("reconstruct {picture} --steps 0 --out {out} --root {smoke}", "--steps"),
+    "no prompt": ("generate --out {out} --root {smoke}", "prompt"),
+    "empty prompt": ("generate EMPTY --out {out} --root {smoke}", "empty"),
+    "blank prompt": ("generate _ --out {out} --root {smoke}", "empty"),
+    "endless prompt": ("generate ENDLESS --out {out} --root {smoke}", "10,000 characters"),
+    "foreign prompt": ("generate a_purple_idea --out {out} --root {smoke}", "idea"),
+    "second prompt foreign": ("generate a_red_circle a_purple_idea --out {out} --root {smoke}", "idea"),
+    "foreign caption": ("classify {picture} --captions a_red_circle the_quick_fox --root {smoke}", "fox|quick|the"),
+    "word the models never learned": ("generate a_red_arrow --out {out} --root {smoke}", "arrow"),
+    "one caption": ("classify {picture} --captions a_red_circle --root {smoke}", "two captions"),
+    "no pictures wanted": ("generate a_red_circle --n 0 --out {out} --root {smoke}", "--n"),
+    "no sampler steps": ("generate a_red_circle --steps 0 --out {out} --root {smoke}", "steps"),
+    "no such root": ("generate a_red_circle --out {out} --root {bad}/none", "none"),
+    "empty root": ("generate a_red_circle --out {out} --root {bad}/nothing", "nothing"),
+    "missing checkpoint": ("generate a_red_circle --out {out} --root {bad}/missing", "model.safetensors"),
+    "truncated checkpoint": ("generate a_red_circle --out {out} --root {bad}/truncated", "model.safetensors"),
+    "foreign checkpoint": ("generate a_red_circle --out {out} --root {bad}/foreign", "BertModel"),
+    "garbled config": ("generate a_red_circle --out {out} --root {bad}/garbled", "config.json"),
+    "empty root, reconstruct": ("reconstruct {picture} --out {out} --root {bad}/nothing", "nothing"),
+    "empty root, classify": ("classify {picture} --captions a_red_circle a_blue_star --root {bad}/nothing", "nothing"),
+    "out is a file": ("generate a_red_circle --steps 1 --out {picture} --root {smoke}", "scene.png"),
+    "no such device": ("generate a_red_circle --device toaster --out {out} --root {smoke}", "toaster"),
+    "no such suite": ("bind --suite soup --root {smoke}", "soup"),
+    "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),
+    "no such encoder": ("probe --encoder {bad}/none --root {smoke}", "none"),
+    "no such bench": ("bench soup", "soup"),
+    "no such preset": ("describe soup", "soup"),
+    "no such stage": ("train soup --root {out}", "soup"),
+    "no such preset to train": ("train parser --preset soup --root {out}", "soup"),
+    "no such dial": ("train parser --preset smoke --root {out} --set recipe.stepz=3", "stepz"),
+    "no value": ("train parser --preset smoke --root {out} --set recipe.steps", "recipe.steps"),
+    "impossible value": ("train parser --preset smoke --root {out} --steps 0", "steps"),
+    "stage before it missing": ("train decoder --preset smoke --root {out}", "contrastive"),
+    "no such folder": ("evaluate {bad}/none --root {smoke}", "none"),
+    "folder without prompts": ("evaluate {bad}/nothing --root {smoke}", "generate.json"),
+    "no such verb": ("dance", "dance"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(mistake, bad, smoke, picture, tmp_path, capsys):
+    line, named = MISTAKES[mistake]
+    out = tmp_path / "out"
+    special = {"EMPTY": "", "_": " ", "ENDLESS": "red " * 2500}
+    words = [special.get(word, word.format(bad=bad, smoke=smoke, picture=picture, out=out)) for word in line.split()]
+    words = [word if "/" in word or word.startswith("--") or word in special.values() else word.replace("_", " ") for word in words]
+    before = picture.read_bytes()
+    code = call(*words)
+    printed = capsys.readouterr()
+    assert code == 2 and len(printed.err.strip().splitlines()) == 1 and "Traceback" not in printed.err, printed.err
+    assert any(name in printed.err for name in named.split("|")), printed.err
+    assert len(printed.err) < 600 and printed.err.strip().endswith((".", "…"))
+    assert not out.exists() and not list(tmp_path.iterdir()) and picture.read_bytes() == before
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    done = program("reconstruct", "none.png", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "none.png" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_options_leave_with_code_two(tmp_path, capsys):
+    assert call("generate", "a red circle", "--guidence-scale", "3") == 2
+    assert "guidance-scale" in capsys.readouterr().err
+
+
+def test_an_unwritable_file_is_one_sentence(smoke, picture, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert call("describe", "tiny", "--json", tmp_path / "file" / "rows.json") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_an_interrupt_says_so(monkeypatch, capsys):
+    def interrupted(words): raise KeyboardInterrupt
+    monkeypatch.setattr("vugen.lab.cli.run_verb", interrupted)
+    assert call("bench", "scenes") == 130 and "interrupted" in capsys.readouterr().err
+
+
+def test_a_failure_while_writing_leaves_nothing(smoke, tmp_path, monkeypatch):
+    import vugen.data.images as images
+    real, seen = images.save_png, []
+    def failing(image, path):
+        seen.append(Path(path))
+        if len(seen) == 2: raise OSError(28, "No space left on device")
+        return real(image, path)
+    monkeypatch.setattr(images, "save_png", failing)
+    assert call("generate", PROMPT, "--n", 3, "--steps", 1, "--out", tmp_path / "out", "--root", smoke) == 2
+    assert len(seen) == 2 and not list(tmp_path.iterdir())
+
+
+def test_pictures_of_every_kind_are_reconstructed(smoke, tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    kinds = {"sixteen.png": Image.fromarray((rng.random((40, 60)) * 65535).astype(np.uint16)), "cmyk.jpg": Image.fromarray(pixels).convert("CMYK"),
+             "palette.png": Image.fromarray(pixels).convert("P"), "alpha.png": Image.fromarray(np.dstack([pixels, pixels[..., :1]])), "grey.png": Image.fromarray(pixels).convert("L")}
+    for name, image in kinds.items(): image.save(tmp_path / name)
+    Image.fromarray(pixels).save(tmp_path / "moving.gif", save_all=True, append_images=[Image.fromarray(pixels[::-1])])
+    names = [*kinds, "moving.gif"]
+    assert call("reconstruct", *(tmp_path / name for name in names), "--steps", 1, "--out", tmp_path / "out", "--root", smoke) == 0
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.png")) == sorted(Path(name).stem for name in names)
