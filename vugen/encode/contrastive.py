@@ -19,7 +19,7 @@ from ..models.vit import VisionTransformer
 
 # %% auto #0
 __all__ = ['SAME_CAPTION', 'LOSSES', 'INITIAL_SCALE', 'MAX_SCALE', 'caption_groups', 'same_group', 'info_nce', 'sigmoid_loss',
-           'gather_with_gradient', 'ContrastiveModel', 'retrieval_accuracy']
+           'gather_with_gradient', 'TwoTowers', 'ContrastiveModel', 'retrieval_accuracy']
 
 # %% ../../nbs/encode/contrastive.ipynb #0c9ed4aa
 SAME_CAPTION = ("mask", "positive", "negative")
@@ -85,15 +85,13 @@ def gather_with_gradient(
     torch.distributed.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 
-# %% ../../nbs/encode/contrastive.ipynb #579320fd
+# %% ../../nbs/encode/contrastive.ipynb #95a3d401
 LOSSES = {"infonce": info_nce, "siglip": sigmoid_loss}
 INITIAL_SCALE = {"infonce": 1 / 0.07, "siglip": 10.0} # of the cosines, as published
 MAX_SCALE = 100.0 # CLIP's limit, against a run-away temperature
 
-class ContrastiveModel(nn.Module, PretrainedMixin):
-    "Vision and text tower with a shared space; a `Scorer`, whose `.vision` is a `VisionEncoder`"
-    name = "contrastive"
-
+class TwoTowers(nn.Module, PretrainedMixin):
+    "Vision and text tower with a shared space; `.vision` is a `VisionEncoder`"
     def __init__(self,
         words: list[str], # vocabulary of the captions
         image_size: int = 32, # side in pixels
@@ -150,6 +148,11 @@ class ContrastiveModel(nn.Module, PretrainedMixin):
     ) -> torch.Tensor: # [B, projection_dim], unit length
         "Tokenized captions in the shared space"
         return F.normalize(self.text_projection(self.text(ids, mask)[1]).float(), dim=-1)
+
+# %% ../../nbs/encode/contrastive.ipynb #018f3d6d
+class ContrastiveModel(TwoTowers):
+    "Two towers that are scored by their cosine and trained by a contrastive loss; a `Scorer`"
+    name = "contrastive"
 
     def logits(self,
         image_embedding: torch.Tensor, # [I, projection_dim], unit length

@@ -17,7 +17,7 @@ from .saving import PretrainedMixin
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordTokenizer', 'scene_tokenizer', 'scene_words', 'TextTransformer']
+__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordCodec', 'WordTokenizer', 'scene_tokenizer', 'scene_words', 'TextTransformer']
 
 # %% ../../nbs/models/text.ipynb #2f50daa0
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -33,8 +33,8 @@ def _word_level(words: Iterable[str], special: tuple[str, ...]):
     tokenizer.add_special_tokens(list(special))
     return tokenizer
 
-# %% ../../nbs/models/text.ipynb #b7b3a03f
-class WordTokenizer:
+# %% ../../nbs/models/text.ipynb #2a220320
+class WordCodec:
     "One token a word, from a closed vocabulary; an unknown word is an error that names it"
     def __init__(self,
         words: Iterable[str], # every word a caption may use, any case, any order
@@ -89,6 +89,11 @@ class WordTokenizer:
         rows = [row[: row.index(self.eos_id)] if self.eos_id in row else row for row in rows]
         return self.backend.decode_batch(rows, skip_special_tokens=True)
 
+    def __repr__(self): return f"{type(self).__name__}({len(self)} tokens)"
+
+# %% ../../nbs/models/text.ipynb #4624afd9
+class WordTokenizer(WordCodec):
+    "A `WordCodec` that saves, loads and converts to a `transformers` tokenizer"
     def save(self,
         folder: str | Path, # a checkpoint folder
     ) -> Path:
@@ -119,8 +124,6 @@ class WordTokenizer:
         "The same tokenizer as a `transformers.PreTrainedTokenizerFast`"
         from transformers import PreTrainedTokenizerFast
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
-
-    def __repr__(self): return f"WordTokenizer({len(self)} tokens)"
 
 # %% ../../nbs/models/text.ipynb #de599b7b
 def scene_tokenizer(
