@@ -104,7 +104,9 @@ def test_decisions_are_those_of_bayes_rule(mixture):
     agree = classifier_scores(errors).argmax(1) == truth.argmax(1)
     assert clear.sum() > 70 and agree[clear].double().mean() > .97
     flipped = denoising_errors(lambda x, t, c: mixture.velocity(x, 1 - t, c), points, [0, 1], classifier_times(150), paired_noises(150, (3,), 1), batch_size=500)
-    assert (classifier_scores(flipped).argmax(1) == truth.argmax(1))[clear].double().mean() < agree[clear].double().mean()  # a swapped clock is noticed
+    right = torch.arange(120) % 2
+    error_of = lambda errors: errors[torch.arange(120), right].mean()
+    assert error_of(flipped) > 1.25 * error_of(errors)  # a swapped clock may still rank right, but it is noticed
 
 
 def test_likelihood_weights_give_log_likelihood_ratios(mixture):

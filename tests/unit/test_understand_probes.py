@@ -181,7 +181,7 @@ def test_run_probe_on_a_saved_encoder(tmp_path):
     from vugen.encode.contrastive import ContrastiveModel
     from vugen.generate.vlm import world_words
     world = World(counts={1: 1.})
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     ContrastiveModel(world_words(world), patch_size=8, hidden_size=16, num_layers=1, num_heads=2, text_hidden_size=16, text_layers=1, projection_dim=8).save_pretrained(tmp_path / "contrastive")
     (tmp_path / "contrastive" / "run.json").write_text(json.dumps({"world": world.asdict()}))
     found = run_probe("contrastive", root=tmp_path, limit=80, seed=1)
@@ -189,7 +189,7 @@ def test_run_probe_on_a_saved_encoder(tmp_path):
     assert {row["encoder"] for row in found["rows"]} == {"contrastive ViT", "contrastive ViT, labels shuffled", "contrastive ViT, untrained"}
     assert any(row["readout"] == "linear on the score's own vector" for row in found["rows"]) and found["run"]["seed"] == 1
     trained, _, twin = load_encoder("contrastive", tmp_path)
-    assert not torch.equal(next(trained.parameters()), next(twin.vision.parameters()))
+    assert not torch.equal(trained.patch_embedding.weight, twin.vision.patch_embedding.weight)
     with pytest.raises(UserError, match="40"): run_probe(root=tmp_path, limit=10)
 
 
