@@ -60,6 +60,14 @@ def test_stated_relations_are_visible(name):
             assert scenes._apart(item, other, 0)
 
 
+def test_size_words_suit_the_relations():
+    for scene in sample_scenes(CROWDED, 2, range(80)):
+        for link in scene.relations:
+            subject, thing = scene.items[link.subject].size, scene.items[link.object].size
+            if link.name in ("inside", "surrounding", "bigger than"):
+                assert (subject, thing) == (("small", "large") if link.name == "inside" else ("large", "small"))
+
+
 def test_the_tiny_world_is_clear():
     for scene in sample_scenes(TINY, 0, range(2000)):
         for item in scene.items:

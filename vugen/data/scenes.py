@@ -579,7 +579,7 @@ def _place_many(world, items, relations, generator):
     for attempt in range(80):
         if placed := _try_places(world, items, relations, shrink*(1 - .005*attempt), generator): return placed
 
-# %% ../../nbs/data/scenes.ipynb #a4cff4b1
+# %% ../../nbs/data/scenes.ipynb #45b68892
 def _content(world, generator, number, counted):
     "Items without places, and relations, of a scene of `number` items."
     tables = drawer(world)
@@ -594,7 +594,17 @@ def _content(world, generator, number, counted):
     for concept, color, fill, size, count in kinds:
         shape = concept < tables.shapes
         items += [Item(tables.names[concept], "shape" if shape else "emoji", world.colors[color] if shape else None, world.fills[fill] if shape else "solid", SIZES[size], 0., 0., 0.)]*count
-    return tuple(items), () if counted else _chain(world, number, generator)
+    links = () if counted else _chain(world, number, generator)
+    return _suit_sizes(items, links), links
+
+def _suit_sizes(items, links):
+    "Items whose size words suit the relations: what holds or outgrows another is large, the other one small."
+    items = list(items)
+    for link in links:
+        if link.name not in ("inside", "surrounding", "bigger than"): continue
+        large, small = (link.object, link.subject) if link.name == "inside" else (link.subject, link.object)
+        items[large], items[small] = dataclasses.replace(items[large], size="large"), dataclasses.replace(items[small], size="small")
+    return tuple(items)
 
 def _chain(world, number, generator):
     "Relations for a scene of several items: one between the first two, and for half of the others one to an earlier item."
@@ -1235,7 +1245,7 @@ def batch(
         pictures = np.stack([render(scene, world.image_size) for scene in scenes])
     return dict(images=to_float(pictures), captions=captions(scenes, world, seed, indices), scenes=scenes)
 
-# %% ../../nbs/data/scenes.ipynb #acb18dc9
+# %% ../../nbs/data/scenes.ipynb #588b73d5
 def show_scenes(
     scenes,           # scenes to draw
     texts,            # their captions
@@ -1246,7 +1256,7 @@ def show_scenes(
     import matplotlib.pyplot as plt
     from textwrap import fill
     rows = -(-len(scenes)//columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.7*columns, 2.15*rows), dpi=80, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.7*columns, 2.5*rows), dpi=70, squeeze=False)
     for axis in axes.flat: axis.axis("off")
     for axis, scene, text in zip(axes.flat, scenes, texts):
         axis.imshow(render(scene, size))
