@@ -54,7 +54,7 @@ class Projection(nn.Module):
 
     def forward(self, features): return functional.normalize(self.layers((features.float() - self.mean) / self.std), dim=-1)
 
-# %% ../../nbs/encode/lit.ipynb #35c8b9a5
+# %% ../../nbs/encode/lit.ipynb #6115eedf
 class LiTPair(nn.Module, PretrainedMixin):
     "Frozen EfficientNet-Lite0 and frozen MiniLM with trained projections into one space (LiT-style; not CLIP). A `Scorer` for any text and picture."
     name, unsaved_prefixes = "lit", ("image_tower.", "text_tower.")
@@ -66,7 +66,7 @@ class LiTPair(nn.Module, PretrainedMixin):
         regions: int = 1,  # see `region_features`
         image_hidden: int = 0,  # hidden width of the image projection; 0 for linear
         text_hidden: int = 0,  # hidden width of the text projection; 0 for linear
-        dropout: float = 0.0,  # of the standardised features, in training
+        dropout: float = 0.5,  # of the standardised features, in training
     ):
         super().__init__()
         if image_size < 32 or image_size % 32: raise UserError(f"The pair cannot look at {image_size} pixels: choose a multiple of 32.")

@@ -6,7 +6,7 @@
 __all__ = ['SUITE', 'LIT_FOILS', 'HELD_OUT', 'split_names', 'lit_worlds', 'lit_features', 'Announce', 'cached_rows', 'share_row',
            'article', 'naming_rows', 'retrieval_rows', 'foil_rows', 'shapes_for', 'LiTStage', 'main']
 
-# %% ../../nbs/train/lit.ipynb #76b69e8f
+# %% ../../nbs/train/lit.ipynb #3cde0dec
 import dataclasses
 import sys
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..data.foils import foil_batch
-from ..data.scenes import World, batch as scene_batch, captions as scene_captions, sample_scenes, told
+from ..data.scenes import World, batch as scene_batch, told
 from ..data.sprites import EMOJI
 from ..encode.contrastive import caption_groups
 from ..encode.lit import LiTPair
