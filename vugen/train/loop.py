@@ -178,14 +178,17 @@ class Training:
     @property
     def device(self): return self.accelerator.device
 
-# %% ../../nbs/train/loop.ipynb #58a3cd08
+# %% ../../nbs/train/loop.ipynb #d9421b71
 def make_accelerator(recipe, find_unused=False):
     "accelerate's `Accelerator`: bf16 on a GPU, fp32 on a CPU (where bf16 is hundreds of times slower) unless the recipe says otherwise."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # another stage of this process may have used another precision
     precision = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp32": "no", "bf16": "bf16"}[recipe.precision]
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"): raise UserError(f"Training states are written by whole models, and {kind} shards them: launch with data parallelism (accelerate launch --multi_gpu).")
+    return accelerator
 
 # %% ../../nbs/train/loop.ipynb #d6e91151
 def prepare(stage, recipe, state):
