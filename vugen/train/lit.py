@@ -93,7 +93,7 @@ def cached_rows(
     "Which cached picture each absolute sample number means."
     return torch.stack([_shuffle(count, seed, index // count)[index % count] for index in indices])
 
-# %% ../../nbs/train/lit.ipynb #ba328d72
+# %% ../../nbs/train/lit.ipynb #ee4affd7
 SUITE = "held-out scenes at {} px"
 
 
@@ -115,15 +115,16 @@ def naming_rows(
     seed: int,  # of held-out layouts
     number: int,  # pictures
     category: str,  # how the row is called
-) -> list[dict]:  # top-1 and top-5
+) -> list[dict]:  # top-1, and top-5 where there are more than five names
     "Share of single-emoji pictures whose own name scores best (or among the best five) of all candidates."
     alone = dataclasses.replace(world, emoji=tuple(names), shapes=(), counts={1: 1.0})
     data = scene_batch(alone, seed, range(number))
     truth = torch.tensor([names.index(scene.items[0].name) for scene in data["scenes"]])
     best = model.score(data["images"], [article(name) for name in names]).cpu().topk(min(5, len(names))).indices
     suite = SUITE.format(world.image_size)
-    return [share_row(category, f"named right among {len(names)}", (best[:, 0] == truth).tolist(), 1 / len(names), suite),
-            share_row(category, f"among the best five of {len(names)}", (best == truth[:, None]).any(1).tolist(), best.shape[1] / len(names), suite)]
+    rows = [share_row(category, f"named right among {len(names)}", (best[:, 0] == truth).tolist(), 1 / len(names), suite)]
+    if len(names) > 5: rows.append(share_row(category, f"among the best five of {len(names)}", (best == truth[:, None]).any(1).tolist(), 5 / len(names), suite))
+    return rows
 
 # %% ../../nbs/train/lit.ipynb #f797fc07
 def retrieval_rows(
