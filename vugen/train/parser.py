@@ -8,8 +8,9 @@ __all__ = ['BEND', 'BLUR', 'TINT', 'NOISE', 'KEPT', 'UNCLEAR', 'SPOILS', 'MIXTUR
            'blob', 'photographs', 'texture', 'splice', 'side_of', 'crowd', 'plain', 'judge_world', 'parser_batch',
            'spoiled_passes', 'held_out_rows', 'ParserStage', 'main']
 
-# %% ../../nbs/train/parser.ipynb #6b3e05e6
+# %% ../../nbs/train/parser.ipynb #f96e8c28
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +49,13 @@ def bend(
     still = F.affine_grid(torch.eye(2, 3)[None].expand(len(images), 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, still + field.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
 
-# %% ../../nbs/train/parser.ipynb #75df41fe
+# %% ../../nbs/train/parser.ipynb #3d96484a
 def blur(
     images: torch.Tensor, # [B, 3, S, S]
     deviations: np.ndarray, # [B] in pixels
+    reach: int = 3, # where the kernel ends, in pixels; the same for every batch, so that a picture does not depend on its neighbours
 ) -> torch.Tensor: # [B, 3, S, S]
     "Gaussian blur with a width of its own for each picture"
-    reach = max(1, int(np.ceil(2.5 * deviations.max())))
     offsets = torch.arange(-reach, reach + 1).float()
     kernel = torch.exp(-0.5 * (offsets / torch.from_numpy(np.maximum(deviations, 0.05)).float()[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)
@@ -62,7 +63,7 @@ def blur(
     flat = F.conv2d(F.conv2d(flat, kernel[:, None, None], groups=len(kernel)), kernel[:, None, :, None], groups=len(kernel))
     return flat[0].unflatten(0, (-1, 3))
 
-# %% ../../nbs/train/parser.ipynb #9486f774
+# %% ../../nbs/train/parser.ipynb #025cdd06
 def soften(
     images: torch.Tensor, # [B, 3, S, S] in [0, 1]
     draws: list[np.random.Generator], # one a picture
@@ -71,7 +72,8 @@ def soften(
     "Bend, blur, tint and add noise, a little"
     size = images.shape[-1]
     images = bend(images, draws, strength)
-    images = blur(images, np.array([draw.uniform(0, BLUR * size * strength) * (draw.random() < 0.6) for draw in draws]))
+    widest = BLUR * size * strength
+    images = blur(images, np.array([draw.uniform(0, widest) * (draw.random() < 0.6) for draw in draws]), max(1, math.ceil(2.5 * widest)))
     gain = np.stack([1 + draw.uniform(-TINT, TINT, 3) * strength for draw in draws])
     shift = np.stack([draw.uniform(-TINT, TINT, 3) * strength for draw in draws])
     noise = np.stack([draw.standard_normal((3, size, size), dtype=np.float32) * draw.uniform(0, NOISE * strength) for draw in draws])
