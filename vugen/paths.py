@@ -28,12 +28,13 @@ def checkpoints_dir(
     "The folder that holds one folder a trained part (`contrastive`, `decoder`, …) of `preset`."
     return data_dir() / "checkpoints" / preset
 
-# %% ../nbs/paths.ipynb #972740cb
+# %% ../nbs/paths.ipynb #e4938270
 def cache_dir() -> Path:
     "A folder for what can be made again (rasterised art, runs in progress): `VUGEN_CACHE` or `~/.cache/vugen`."
     named = os.environ.get("VUGEN_CACHE")
     folder = Path(named).expanduser() if named else Path.home() / ".cache" / "vugen"
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise UserError(f"{folder} cannot be made ({error.strerror}): set VUGEN_CACHE to a folder that can be written.") from error
     return folder
 
 # %% ../nbs/paths.ipynb #31fe0c33

@@ -95,7 +95,7 @@ def _unsaved(module: nn.Module) -> set[str]:
     prefixes = tuple(getattr(module, "unsaved_prefixes", ()))
     return {k for k in module.state_dict() if k.startswith(prefixes)} if prefixes else set()
 
-# %% ../../nbs/models/saving.ipynb #52012513
+# %% ../../nbs/models/saving.ipynb #f8c40fb1
 class PretrainedMixin:
     "`save_pretrained(folder)` and `from_pretrained(folder_or_hub_id)` for an `nn.Module` built from plain keyword arguments."
     unsaved_prefixes: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class PretrainedMixin:
         saved = config.pop("class")
         if saved != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
         try: model = cls(**{**config, **overrides})
-        except TypeError as error: raise UserError(f"{folder / CONFIG_FILE} does not fit {cls.__name__} ({error}): it was written by another version; train it again.") from error
+        except (TypeError, ValueError, KeyError, RuntimeError) as error: raise UserError(f"{folder / CONFIG_FILE} does not fit {cls.__name__} ({error}): it was written by another version; train it again.") from error
         load_weights(model, folder)
         return model.eval()
 
