@@ -25,7 +25,8 @@ __all__ = ['STAGES', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS', 'checkpo
            'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions',
            'unique_names', 'Classify', 'classify_rows', 'show_classification', 'place_scorers', 'world_size', 'Bind',
            'Counter', 'report', 'Probe', 'Evaluate', 'read_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
-           'Bench', 'Describe', 'Play', 'overview', 'bare_json', 'read_verb', 'command_of', 'run_verb', 'main']
+           'Bench', 'rate_of', 'bench_decoder', 'Describe', 'Play', 'overview', 'bare_json', 'read_verb', 'command_of',
+           'run_verb', 'sentence', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -392,7 +393,7 @@ def read_prompts(folder):  # folder of pictures
     try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
     except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
 
-# %% ../../nbs/lab/cli.ipynb #b1751322
+# %% ../../nbs/lab/cli.ipynb #67b59000
 def prompt_rows(folder, prompts, root, device):
     "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
@@ -400,8 +401,8 @@ def prompt_rows(folder, prompts, root, device):
     parser = SceneParser.from_pretrained(root / "parser").to(device)
     images = read_images([Path(folder) / name for name in prompts], parser.image_size).to(device)
     asked = list(prompts.values())
-    rows = prompt_accuracy(parser, images, asked, images="generated")
-    if len(set(asked)) > 1: rows += shuffled_accuracy(parser, images, asked, images="generated, prompts shuffled")
+    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked)]
+    if len(set(asked)) > 1: rows += [{"images": "generated, prompts shuffled", **row} for row in shuffled_accuracy(parser, images, asked)]
     return rows + parser_accuracy(parser, world_of(root), 1_000_003, range(500), images="rendered")
 
 # %% ../../nbs/lab/cli.ipynb #b3d9dfee
@@ -431,30 +432,51 @@ def reference_rows(folder, reference, device, size=128):
     if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device))})
     return rows
 
-# %% ../../nbs/lab/cli.ipynb #c2b2b188
-BENCHES = {"scenes": "vugen.data.scenes:bench_scenes"}
+# %% ../../nbs/lab/cli.ipynb #d6316b01
+BENCHES = {"scenes": "vugen.data.scenes:bench_scenes", "decoder": "vugen.lab.cli:bench_decoder"}
 
 
 @dataclass
 class Bench:
     "Measure speed on this machine."
-    name: str  # scenes
+    name: str  # scenes or decoder
     seconds: float = 3.0  # of measuring, each case
     json: Optional[Path] = None  # file for the rows; - prints them
 
     def __call__(self, command):
         if self.name not in BENCHES: raise UserError(f"There is no bench {self.name!r}: choose one of {', '.join(BENCHES)}.")
+        if not self.seconds > 0: raise UserError(f"--seconds is {self.seconds}: give a positive number.")
         module, function = BENCHES[self.name].split(":")
         rows = getattr(importlib.import_module(module), function)(seconds=self.seconds)
-        run = run_record(command)
+        run = run_record(command, device=pick_device("auto") if self.name == "decoder" else "cpu")
         if self.json: write_json(self.json, {"device": run["hardware"], "run": run, "rows": rows})
         if str(self.json) != "-": show_rows(rows)
 
-# %% ../../nbs/lab/cli.ipynb #bad4205c
+# %% ../../nbs/lab/cli.ipynb #af9c9ec0
+def rate_of(function, seconds):  # function: does one unit of work
+    "Calls a second of `function` after a first one to warm up, over at least `seconds`."
+    function()
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < seconds: function(); calls += 1
+    return calls / (time.perf_counter() - start)
+
+
+def bench_decoder(seconds=3.0, batch_size=64):
+    "Pictures a second of the embedded pixel decoder with 8 steps and with 1, in batches of 64 (VUGEN, table of throughput)."
+    import torch
+    from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
+    device = pick_device("auto")
+    decoder = PixelDiffusionDecoder.from_pretrained(root_of(None) / "decoder/pixel_decoder").to(device)
+    latents, rates = torch.randn(batch_size, decoder.grid_size**2, decoder.latent_dim, device=device), {}
+    for steps in (8, 1): rates[steps] = batch_size * rate_of(lambda steps=steps: decoder.decode(latents, num_inference_steps=steps).cpu(), seconds)
+    return [{"case": f"pixel decoder, {steps} steps, {decoder.image_size} px, batch {batch_size}", "metric": "pictures per second", "value": round(rate, 2), "unit": "1/s",
+             "ratio_to": None if steps == 8 else {"8 steps": round(rate / rates[8], 2)}} for steps, rate in rates.items()]
+
+# %% ../../nbs/lab/cli.ipynb #5e62a147
 @dataclass
 class Describe:
     "Parameters, operations and memory of a preset's models, without training or weights."
-    preset: str = "tiny"  # tiny, small, smoke or a .json file
+    preset: str  # tiny, small, smoke or a .json file
     json: Optional[Path] = None  # file for the description; - prints it
 
     def __call__(self, command):
@@ -518,7 +540,13 @@ def run_verb(words):
     if words[0] not in VERBS: raise UserError(f"There is no verb {words[0]!r}: choose one of {', '.join(VERBS)}.")
     return read_verb(words)(command_of(words)) or 0
 
-# %% ../../nbs/lab/cli.ipynb #8dd37b53
+# %% ../../nbs/lab/cli.ipynb #e02b8031
+def sentence(error):
+    "A `UserError` on one line, with a full stop."
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "?", "!", "…")) else text + "."
+
+
 def main(words=None):  # default: sys.argv
     "The program `vugen`: exit code 0, 2 after a mistake that one sentence explains, 130 after an interrupt."
     words = sys.argv[1:] if words is None else list(words)
@@ -526,7 +554,7 @@ def main(words=None):  # default: sys.argv
         if not words or words[0] in ("-h", "--help", "help"): print(overview()); code = 0 if words else 2
         elif words[0] in ("-V", "--version"): import vugen; print(f"vugen {vugen.__version__}"); code = 0
         else: code = run_verb(words)
-    except UserError as error: print(f"vugen {words[0]}: {error}", file=sys.stderr); code = 2
+    except UserError as error: print(f"vugen {words[0]}: {sentence(error)}", file=sys.stderr); code = 2
     except KeyboardInterrupt: print(f"vugen {words[0]}: interrupted.", file=sys.stderr); code = 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); code = 141  # the reader of a pipe has gone
     sys.exit(code)
