@@ -9,15 +9,15 @@ __all__ = ['FOIL_KINDS', 'WHAT', 'ATTEMPTS', 'Foil', 'split_words', 'join_words'
            'meaning', 'shuffled', 'drawable', 'foil_world', 'fair', 'settle', 'shuffle_foil', 'make_foil', 'foil_batch',
            'phrases', 'exchanged', 'caption_foils']
 
-# %% ../../nbs/data/foils.ipynb #190ee762
+# %% ../../nbs/data/foils.ipynb #c95ad5ca
 import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .scenes import (CONVERSE, RELATIONS, SIZES, Facts, Item, Object, Relation, Scene, World, caption_of, facts, layout_from_facts, named_attributes, parse,
-                               plural, relation_holds, render, sample_scene)
+from .scenes import (SIZES, Facts, Item, Object, Scene, World, caption_of, layout_from_facts, named_attributes, parse, plural, relation_holds,
+                               render, sample_scene)
 from .sprites import COLORS, EMOJI, FILLS, SHAPES
 from ..errors import UserError
 

@@ -9,7 +9,7 @@ __all__ = ['GRID', 'SLOTS', 'RARE', 'THRESHOLD', 'NEAR', 'SLACK', 'SHIFT', 'WIDE
            'relation_seen', 'agrees', 'relations_seen', 'check', 'accuracy_rows', 'prompt_accuracy',
            'shuffled_accuracy', 'full_facts', 'parser_accuracy']
 
-# %% ../../nbs/evaluate/scene_parser.ipynb #8e07afda
+# %% ../../nbs/evaluate/scene_parser.ipynb #24b97a77
 import dataclasses
 import itertools
 import math
@@ -22,7 +22,7 @@ from torch import nn
 
 from ..data.scenes import Facts, Item, World, facts, parse, relation_holds
 from ..errors import UserError
-from .intervals import Estimate, wilson
+from .intervals import wilson
 from ..models.saving import PretrainedMixin
 
 # %% ../../nbs/evaluate/scene_parser.ipynb #bedf1bb8
