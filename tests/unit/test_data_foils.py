@@ -16,7 +16,7 @@ SWAPS, REPLACES = ("swap-attribute", "swap-object"), ("replace-object", "replace
 PARALLEL = FOIL_KINDS[:-1]
 
 
-def many(world, kind, number=25, seed=0): return [make_foil(world, kind, seed, index) for index in range(number)]
+def many(world, kind, number=20, seed=0): return [make_foil(world, kind, seed, index) for index in range(number)]
 
 
 def words(caption): return sorted("a" if word == "an" else word for word in caption.replace(",", "").split())
@@ -26,7 +26,7 @@ def words(caption): return sorted("a" if word == "an" else word for word in capt
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_each_caption_tells_its_own_picture_and_not_the_other(world, kind):
     attributes = named_attributes(world)
-    for foil in many(world, kind, 12 if world is RICH else 25):
+    for foil in many(world, kind, 12):
         told = parse(foil.caption_0), parse(foil.caption_1)
         assert told[0] != told[1]
         assert told[1] == facts(foil.scene_1, attributes) != facts(foil.scene_0, attributes)
@@ -77,7 +77,7 @@ def test_a_turned_relation_keeps_the_widths():
 def test_additions_only_add(world):
     for foil in many(world, "add-object", 12):
         assert foil.scene_1.items[:-1] == foil.scene_0.items and foil.caption_1.replace(",", "").startswith(foil.caption_0.split(" and ")[0].split(",")[0])
-    for foil in many(world, "add-attribute", 12):
+    for foil in many(world, "add-attribute", 40):
         left, right = words(foil.caption_0), words(foil.caption_1)
         extra = {word for word in right if right.count(word) > left.count(word)}
         assert len(right) == len(left) + 1 and len(extra) == 1

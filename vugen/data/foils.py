@@ -266,17 +266,17 @@ def foil_world(
         raise UserError(f"{kind} needs relations, and this world has {len(world.relations)}: add some.")
     return dataclasses.replace(world, counts=counts, counted=0.0, completeness=1.0, saliency_bias=0.0, paraphrase=0.0)
 
-# %% ../../nbs/data/foils.ipynb #3dde9e8c
+# %% ../../nbs/data/foils.ipynb #a5f93d4e
 def fair(
     kind: str,
     caption_0: str,
     caption_1: str,
 ) -> bool: # whether the captions differ as the kind promises
-    "A swap keeps the bag of words, a replacement changes one of them"
+    "A swap keeps the bag of words, a replacement changes one of them, an added attribute is one word"
     first, second = (["a" if unit == "an" else unit for unit in split_words(caption)] for caption in (caption_0, caption_1))
     if kind.startswith("swap"): return sorted(first) == sorted(second)
     if kind in ("replace-object", "replace-attribute"): return len(first) == len(second) and sum(one != other for one, other in zip(first, second)) == 1
-    return True
+    return kind != "add-attribute" or len(second) == len(first) + 1
 
 # %% ../../nbs/data/foils.ipynb #325f0c48
 def settle(
