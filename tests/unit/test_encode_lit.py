@@ -95,9 +95,8 @@ def test_foil_rows_of_a_perfect_and_a_reversed_scorer(monkeypatch):
     monkeypatch.setattr(stage_module, "foil_batch", planted)
     class Planted:
         def __init__(self, right): self.right = right
-        def score_pairs(self, images, captions):
-            match = (images.mean((1, 2, 3)) > 0.5) == torch.tensor([caption == "one" for caption in captions])
-            return self.right * match.float()
+        def encode_image(self, images): return torch.nn.functional.one_hot((images.mean((1, 2, 3)) > 0.5).long(), 2).float()
+        def encode_text(self, captions): return self.right * torch.nn.functional.one_hot(torch.tensor([int(caption == "one") for caption in captions]), 2).float()
     for right, expected in ((1.0, 1.0), (-1.0, 0.0), (0.0, 0.0)):
         rows = stage_module.foil_rows(Planted(right), World(image_size=64), 0, 5, ("swap-object",))
         assert [row["value"] for row in rows] == [expected] * 3 and [row["chance"] for row in rows] == [0.25, 0.25, 1 / 6]
@@ -124,3 +123,16 @@ def test_training_is_a_pure_function_of_its_seed():
         stage = stage_module.LiTStage(preset, ".")
         made.append((fingerprint(stage.build()), stage.batch([0, 5, 17])))
     assert made[0][0] == made[1][0] and all(torch.equal(made[0][1][key], made[1][1][key]) for key in made[0][1])
+
+
+def test_embedded_pair_is_what_its_record_says():
+    "The checkpoint of the tiny preset names new pictures about as well as its run.json claims."
+    import json
+    from vugen.paths import checkpoints_dir
+    folder = checkpoints_dir("tiny") / "lit"
+    record = json.loads((folder / "run.json").read_text())
+    world, names, _ = stage_module.lit_worlds(record["options"])
+    claimed = record["rows"][0]
+    found = stage_module.naming_rows(LiTPair.from_pretrained(folder), world, names, 77, 60, "again")[0]
+    assert claimed["category"] == "emoji of training, new layouts" and claimed["chance"] == pytest.approx(1 / len(names))
+    assert found["low"] <= claimed["high"] and found["high"] >= claimed["low"] and found["value"] > 0.8

@@ -144,12 +144,13 @@ def retrieval_rows(
         for name, matrix in (("image to text", scores), ("text to image", scores.T)): hits[name] += (stated[matrix.argmax(1)] == stated).tolist()
     return [share_row(f"retrieval among {group}", name, found, 1 / group, SUITE.format(world.image_size)) for name, found in hits.items()]
 
-# %% ../../nbs/train/lit.ipynb #63f6fbec
+# %% ../../nbs/train/lit.ipynb #29480bb4
 LIT_FOILS = ("replace-object", "replace-attribute", "swap-attribute", "swap-object", "replace-relation")
 
 
+@torch.no_grad()
 def foil_rows(
-    model: LiTPair,  # any model with `score_pairs`
+    model: LiTPair,  # any model with `encode_image` and `encode_text`
     world: World,  # what scenes are like
     seed: int,  # of held-out scenes
     number: int,  # items of each kind
@@ -159,7 +160,9 @@ def foil_rows(
     rows = []
     for kind in kinds:
         data = foil_batch(shapes_for(world, kind), kind, seed, range(number))
-        pairs = {(image, caption): model.score_pairs(data[f"images_{image}"], data[f"captions_{caption}"]).cpu() for image in (0, 1) for caption in (0, 1)}
+        pictures = [torch.cat([model.encode_image(part) for part in data[f"images_{side}"].split(64)]) for side in (0, 1)]
+        words = [model.encode_text(data[f"captions_{side}"]) for side in (0, 1)]
+        pairs = {(image, caption): (pictures[image] * words[caption]).sum(1).cpu() for image in (0, 1) for caption in (0, 1)}
         text = (pairs[0, 0] > pairs[0, 1]) & (pairs[1, 1] > pairs[1, 0])
         image = (pairs[0, 0] > pairs[1, 0]) & (pairs[1, 1] > pairs[0, 1])
         scores = {"text score": (text, 0.25), "image score": (image, 0.25), "group score": (text & image, 1 / 6)}
