@@ -34,7 +34,7 @@ def with_article(text: str) -> str:
     "An indefinite article before `text`"
     return f"an {text}" if text[0] in "aeiou" else f"a {text}"
 
-# %% ../../nbs/generate/vlm.ipynb #d3691e8c
+# %% ../../nbs/generate/vlm.ipynb #5aeebd30
 def _only(items, key: str) -> list:
     "The items whose attribute `key` is set and unlike that of all others"
     values = [getattr(item, key) for item in items]
@@ -44,57 +44,71 @@ def _pick(choices, share: float):
     "The element at a share in [0, 1) of a sequence"
     return choices[int(share * len(choices))]
 
-def _color_question(scene, draw):
+def _color_question(scene, draw, world):
     item = _pick(_only(scene.items, "name") or [None], draw[0])
     return (f"what color is the {item.name} ?", item.color) if item is not None and item.color else None
 
-def _shape_question(scene, draw):
+def _shape_question(scene, draw, world):
     item = _pick(_only(scene.items, "color") or [None], draw[0])
     return (f"what shape is the {item.color} thing ?", item.name) if item is not None else None
 
-def _count_question(scene, draw):
+def _count_question(scene, draw, world):
     return "how many objects are there ?", NUMBERS[len(scene.items)]
 
-# %% ../../nbs/generate/vlm.ipynb #67f68306
-def _swapped(first: str, second: str, items) -> tuple[str, str]:
+# %% ../../nbs/generate/vlm.ipynb #95977d72
+def _swapped(items) -> list[str]:
     "The phrases of two items with their colours exchanged"
     one, two = items
-    return tuple(" ".join(filter(None, pair)) for pair in ((two.color, one.name), (one.color, two.name)))
+    return [" ".join(filter(None, pair)) for pair in ((two.color, one.name), (one.color, two.name))]
 
-def _relation_question(scene, draw):
+def _absent(item, items, world, share: float) -> str | None:
+    "An item's phrase with its colour replaced by one that no item has"
+    colors = [color for color in world.colors if color not in {other.color for other in items}] if world and item.color else []
+    return f"{_pick(colors, share)} {item.name}" if colors else None
+
+def _mixed(items) -> list[str]:
+    "Colours and names of the scene in combinations that it does not have"
+    colors, names = ([getattr(item, key) for item in items if getattr(item, key)] for key in ("color", "name"))
+    return sorted({f"{color} {name}" for color in colors for name in names} - {phrase(item) for item in items})
+
+# %% ../../nbs/generate/vlm.ipynb #4c6a9909
+def _relation_question(scene, draw, world):
     if not scene.relations: return None
     link = _pick(scene.relations, draw[0])
-    items = scene.items[link.subject], scene.items[link.object]
-    first, second, name = phrase(items[0]), phrase(items[1]), link.name
-    if first == second: return None
-    if CONVERSE.get(name) and draw[1] < .5: first, second, name = second, first, CONVERSE[name]
-    if draw[2] < .5: return f"is the {first} {name} the {second} ?", "yes"
-    wrong = _swapped(first, second, items if name == link.name else items[::-1])
-    if draw[3] < .5 or set(wrong) == {first, second}: return f"is the {second} {name} the {first} ?", "no"
-    return f"is the {wrong[0]} {name} the {wrong[1]} ?", "no"
+    items, name = [scene.items[link.subject], scene.items[link.object]], link.name
+    if phrase(items[0]) == phrase(items[1]): return None
+    if CONVERSE.get(name) and draw[1] < .5: items, name = items[::-1], CONVERSE[name]
+    first, second = map(phrase, items)
+    ask = lambda one, other: f"is the {one} {name} the {other} ?"
+    if draw[2] < .5: return ask(first, second), "yes"
+    swapped, absent = _swapped(items), _absent(items[0], scene.items, world, draw[5])
+    if draw[3] < .2 and absent: return ask(absent, second), "no"
+    if draw[3] < .6 and set(swapped) != {first, second}: return ask(*swapped), "no"
+    return ask(second, first), "no"
 
-# %% ../../nbs/generate/vlm.ipynb #9dd4ea2a
-def _existence_question(scene, draw):
-    there = [phrase(item) for item in scene.items]
-    if draw[0] < .5: return f"is there {with_article(_pick(there, draw[1]))} ?", "yes"
-    colors, names = ([getattr(item, key) for item in scene.items if getattr(item, key)] for key in ("color", "name"))
-    mixed = sorted({f"{color} {name}" for color in colors for name in names} - set(there))
-    return (f"is there {with_article(_pick(mixed, draw[1]))} ?", "no") if mixed else None
+# %% ../../nbs/generate/vlm.ipynb #d0d52bbe
+def _existence_question(scene, draw, world):
+    item, mixed = _pick(scene.items, draw[0]), _mixed(scene.items)
+    absent = _absent(item, scene.items, world, draw[1])
+    if not mixed and not absent: return None # nothing false could be asked, so "yes" would be given away
+    if draw[2] < .5: return f"is there {with_article(phrase(item))} ?", "yes"
+    return f"is there {with_article(_pick(mixed, draw[1]) if mixed and (draw[3] < .6 or not absent) else absent)} ?", "no"
 
 _MAKERS = dict(zip(QUESTION_KINDS, (_color_question, _shape_question, _relation_question, _existence_question, _count_question)))
 
-# %% ../../nbs/generate/vlm.ipynb #abdd5da5
+# %% ../../nbs/generate/vlm.ipynb #1a188d83
 def question(
     scene: Scene, # what is asked about
     seed: int, # with `index`, decides everything
     index: int, # of the sample
     kind: str | None = None, # one of `QUESTION_KINDS`; drawn if not given
+    world=None, # its colours may be asked for where they are absent
 ) -> tuple[str, str, str] | None: # question, answer, kind; None if this kind cannot be asked of this scene
     "A question about a scene with its answer, a pure function of (scene, seed, index)"
     if kind is not None and kind not in _MAKERS: raise UserError(f"there is no question of kind {kind!r}: choose one of {', '.join(QUESTION_KINDS)}.")
     draw = uniforms(seed, [index], range(6), stream=7)[0]
     kinds = [kind] if kind else [_pick(QUESTION_KINDS, draw[4]), "count"]
-    return next(((*made, name) for name in kinds if (made := _MAKERS[name](scene, draw))), None)
+    return next(((*made, name) for name in kinds if (made := _MAKERS[name](scene, draw, world))), None)
 
 # %% ../../nbs/generate/vlm.ipynb #9513c14a
 def world_words(

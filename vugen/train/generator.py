@@ -90,18 +90,19 @@ class GeneratorStage:
         world = dataclasses.replace(self.world, split="test")
         return evaluate_generator(module, self.parser, world, self.options.get("evaluation", 500), self.seed + 1_000_003)
 
-# %% ../../nbs/train/generator.ipynb #cd4706ec
+# %% ../../nbs/train/generator.ipynb #de668401
 def held_out_prompts(
     world: World, # of the test split
     count: int, # prompts
     seed: int, # of the scenes
     number: int = 2, # objects in each
+    paraphrase: float = 0.0, # share in free wording
 ) -> list[str]:
     "Captions of scenes with exactly `number` objects"
-    pairs = dataclasses.replace(world, counts={number: 1.0})
+    pairs = dataclasses.replace(world, counts={number: 1.0}, paraphrase=paraphrase)
     return captions(sample_scenes(pairs, seed, list(range(count))), pairs, seed, list(range(count)))
 
-# %% ../../nbs/train/generator.ipynb #2c1236c9
+# %% ../../nbs/train/generator.ipynb #e322e49d
 def _draw_all(model, prompts, seed, batch_size, **options):
     "Pictures of many prompts, in batches whose noises differ"
     parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
@@ -117,12 +118,12 @@ def evaluate_generator(
     **options, # of `TextToImage.images`, such as guidance_scale
 ) -> list[dict]: # rows in long form
     "Share of two-object prompts that are drawn right, with its controls"
-    prompts = held_out_prompts(world, count, seed)
-    images = _draw_all(model, prompts, seed, batch_size, **options)
-    common = {"suite": "scenes", "category": "two objects"}
-    rows = prompt_accuracy(parser, images, prompts, source="generated", **common) + shuffled_accuracy(parser, images, prompts, source="generated, shuffled captions", **common)
+    plain, free = (held_out_prompts(world, count, seed, paraphrase=share) for share in (0.0, 1.0))
+    images, other_images = (_draw_all(model, prompts, seed, batch_size, **options) for prompts in (plain, free[: max(count // 2, 2)]))
     pairs = dataclasses.replace(world, counts={2: 1.0})
-    return rows + parser_accuracy(parser, pairs, seed + 1, range(count), source="rendered", **common)
+    measured = {"generated": prompt_accuracy(parser, images, plain), "generated, captions shuffled": shuffled_accuracy(parser, images, plain),
+                "generated, free wording": prompt_accuracy(parser, other_images, free[: len(other_images)]), "rendered": parser_accuracy(parser, pairs, seed + 1, range(count))}
+    return [{"images": source, "suite": "scenes", "category": "two objects", **row} for source, rows in measured.items() for row in rows]
 
 def main():
     "`python -m vugen.train.generator --preset tiny`"
