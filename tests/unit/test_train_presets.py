@@ -2,11 +2,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from vugen.data.scenes import World
 from vugen.errors import UserError
+from vugen.paths import checkpoints_dir
 from vugen.train.presets import PRESETS, Recipe, data_fingerprint, load_preset, override, preset_from_dict
 
 
@@ -65,3 +67,11 @@ def test_files_that_are_no_preset(text, tmp_path):
 def test_unknown_recipe_keys_are_named():
     with pytest.raises(UserError, match="momentum"):
         preset_from_dict({"name": "x", "world": {}, "stages": {"a": {"model": {}, "recipe": {"steps": 1, "batch_size": 1, "momentum": 0.9}}}})
+
+
+@pytest.mark.parametrize("name", sorted(load_preset("tiny").stages))
+def test_the_embedded_checkpoints_were_trained_as_the_preset_says(name):
+    run = json.loads((checkpoints_dir("tiny") / name / "run.json").read_text())
+    part = load_preset("tiny").stage(name)
+    said = json.loads(json.dumps({"model": part.model, "options": part.options, "recipe": asdict(part.recipe)}))
+    assert {key: run[key] for key in said} == said and run["steps"] == part.recipe.steps

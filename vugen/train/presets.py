@@ -151,11 +151,11 @@ _PIXELS = dict(  # the same steps, samples and seed for both: only the reducer d
     recipe=Recipe(steps=3000, batch_size=16, learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
     options=dict(mixture=dict(scenes=0.8, emoji=0.1, photographs=0.1), perceptual="none", alignment="none", latent_noise=0.1, statistics=2048, evaluation=500))
 
-# %% ../../nbs/train/presets.ipynb #c1a7f206
+# %% ../../nbs/train/presets.ipynb #7d843dde
 TINY = {
     "parser": StagePreset(
         model=dict(width=40, blocks=1),
-        recipe=Recipe(steps=1500, batch_size=64, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250),
+        recipe=Recipe(steps=1000, batch_size=64, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250),
         options=dict(evaluation=1000)),
     "contrastive": StagePreset(
         model=dict(image_size=32, patch_size=4, hidden_size=128, num_layers=4, num_heads=4, text_hidden_size=128, text_layers=2, text_heads=4, context_length=64, projection_dim=128, pool="mean"),
@@ -165,16 +165,16 @@ TINY = {
     "decoder-pca": StagePreset(**_PIXELS),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
-        recipe=Recipe(steps=1500, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
+        recipe=Recipe(steps=2300, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
         options=dict(evaluation=500, tasks=dict(caption=0.3, question=0.4, text=0.05, reading=0.25))),
     "generator": StagePreset(
         model=dict(position_scale=0.3, guidance_scale=2.0, num_inference_steps=50),
         recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.998, checkpoint_every=100, log_every=20),
         options=dict(prompt_dropout=0.1, time="logit-normal", shift=1.0, pool=40_000, pool_block=200, evaluation=500)),
     "lit": StagePreset(
-        model=dict(projection_dim=256, image_size=128, regions=2),
-        recipe=Recipe(steps=600, batch_size=512, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, schedule="cosine", checkpoint_every=200),
-        options=dict(pictures=6000, evaluation=500, held_out_names=20, world=dict(image_size=128, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji="all"))),
+        model=dict(projection_dim=256, image_size=128, regions=1),
+        recipe=Recipe(steps=250, batch_size=256, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, schedule="cosine", checkpoint_every=250),
+        options=dict(pictures=4000, evaluation=500, held_out_names=20, world=dict(image_size=128, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji="all"))),
 }
 
 # %% ../../nbs/train/presets.ipynb #8eef0c7e
@@ -198,7 +198,7 @@ SMOKE = _merged(TINY, {
                 options=dict(pictures=24, evaluation=8, held_out_names=2, world=dict(image_size=64, emoji=("dog", "cat", "car", "rock", "apple", "key", "bee", "owl")))),
 })
 
-# %% ../../nbs/train/presets.ipynb #365fbcc6
+# %% ../../nbs/train/presets.ipynb #bd8b3e81
 _LARGER = dict(model=dict(base_channels=32, num_layers=4), recipe=dict(steps=20_000, batch_size=128, learning_rate=5e-4, warmup_steps=500, ema_decay=0.999, checkpoint_every=2000, log_every=100),
                options=dict(perceptual="efficientnet", perceptual_weight=0.5, alignment="efficientnet", alignment_weight=0.25))
 SMALL = _merged(TINY, {
@@ -208,7 +208,7 @@ SMALL = _merged(TINY, {
     "decoder": _LARGER, "decoder-pca": _LARGER,
     "vlm": dict(model=dict(hidden_size=512, num_layers=8, num_heads=8, intermediate_size=1536), recipe=dict(steps=20_000, batch_size=256, learning_rate=5e-4, warmup_steps=500, checkpoint_every=2000, log_every=100)),
     "generator": dict(recipe=dict(steps=40_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.9999, checkpoint_every=2000, log_every=100), options=dict(pool=400_000)),
-    "lit": dict(model=dict(image_size=224), recipe=dict(steps=3000, checkpoint_every=500), options=dict(pictures=50_000, evaluation=2000, world=dict(image_size=224, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji=("all",)))),
+    "lit": dict(model=dict(image_size=224, regions=2), recipe=dict(steps=3000, batch_size=512, checkpoint_every=500), options=dict(pictures=50_000, evaluation=2000, world=dict(image_size=224, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji=("all",)))),
 })
 
 # %% ../../nbs/train/presets.ipynb #9d20c124
