@@ -210,13 +210,10 @@ class BagOfWordsScorer(PairScorer):
     ):
         self.name, counts = name, Counter(word for caption in captions for word in caption.lower().split())
         total = sum(counts.values()) + len(counts)
-        self.log_probability = {word: math.log((count + 1) / total) for word, count in counts.items()}
+        self.log_probability, self.unseen = {word: math.log((count + 1) / total) for word, count in counts.items()}, -math.log(total)
 
     def _likelihood(self, caption: str) -> float:
-        words = caption.lower().split()
-        unknown = next((word for word in words if word not in self.log_probability), None)
-        if unknown: raise UserError(f"the word {unknown!r} was in none of the captions it was fitted on; use words such as {', '.join([*self.log_probability][:6])}.")
-        return math.fsum(self.log_probability[word] for word in words)
+        return math.fsum(self.log_probability.get(word, self.unseen) for word in caption.lower().split())
 
     def score_pairs(self, images, captions):
         with reading(self.name, captions): return torch.tensor([self._likelihood(caption) for caption in captions])
