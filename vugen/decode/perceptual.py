@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..encode.encoders import EfficientNetFeatures, EfficientNetLite0, FrozenEncoder, resize_images
+from ..encode.encoders import EfficientNetFeatures, EfficientNetLite0, FrozenEncoder
 from ..errors import UserError
 
 # %% ../../nbs/decode/perceptual.ipynb #3a9dc073

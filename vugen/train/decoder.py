@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert, diffuse
 from .loop import stage_main
-from .presets import Preset, load_preset
+from .presets import Preset
 
 # %% auto #0
 __all__ = ['HELD_OUT_PHOTOGRAPHS', 'HELD_OUT', 'EVALUATION_STEPS', 'STAGES', 'draw_kinds', 'scene_images', 'emoji_world',
@@ -117,10 +117,10 @@ def add_latent_noise(latents: torch.Tensor,  # [B,N,d], unit variance
 # %% ../../nbs/train/decoder.ipynb #04a1291c
 class DecoderTraining(nn.Module):
     "Frozen encoder, reducer, decoder and the frozen judges of its losses; calling it gives (loss, metrics)."
-    def __init__(self, encoder, reducer, decoder: PixelDiffusionDecoder, perceptual=None, target_encoder=None, options: dict = {}):
+    def __init__(self, encoder, reducer, decoder: PixelDiffusionDecoder, perceptual=None, target_encoder=None, options: dict | None = None):
         super().__init__()
         self.encoder, self.reducer, self.decoder = encoder.requires_grad_(False).eval(), reducer, decoder
-        self.perceptual, self.target_encoder, self.options = perceptual, target_encoder, dict(options)
+        self.perceptual, self.target_encoder, self.options = perceptual, target_encoder, dict(options or {})
         self.alignment = FeatureAlignment(decoder.hidden_size, target_encoder.hidden_size) if target_encoder is not None else None
 
     def latents(self, images):

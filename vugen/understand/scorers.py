@@ -19,7 +19,7 @@ from ..data.scenes import World, captions, facts, holds, parse, sample_scenes
 from ..data.sprites import COLORS, EMOJI, SHAPES
 from ..errors import UserError
 from ..paths import checkpoints_dir
-from .diffusion_classifier import classifier_scores, classifier_times, denoising_errors, paired_errors, paired_noises
+from .diffusion_classifier import classifier_scores, classifier_times, paired_errors, paired_noises
 
 # %% auto #0
 __all__ = ['SCORERS', 'reading', 'PairScorer', 'score_items', 'ContrastiveScorer', 'LiTScorer', 'CaptionLikelihoodScorer',
