@@ -90,6 +90,38 @@ def test_classify_prints_and_writes_every_scorer(smoke, picture, tmp_path, capsy
     assert all(scorer in printed for scorer in scorers)
 
 
+def test_scorers_that_cannot_read_a_caption_step_aside(smoke, picture, tmp_path, capsys):
+    captions = "a cat looking into the camera", "a rocket on its launch pad"
+    assert call("classify", picture, "--captions", *captions, "--json", tmp_path / "rows.json", "--root", smoke) == 0
+    found, printed = json.loads((tmp_path / "rows.json").read_text()), capsys.readouterr().out
+    answered, silent = {row["scorer"] for row in found["rows"]}, found["run"]["notes"]
+    assert answered and {"contrastive", "likelihood", "denoising"} <= set(silent) and not answered & set(silent)
+    assert all(why.endswith((".", "?")) and f"{name}: {why}" in printed for name, why in silent.items())
+
+
+def test_the_seed_of_classify_is_that_of_the_noise(smoke, picture, tmp_path):
+    def scores(seed):
+        assert call("classify", picture, "--captions", PROMPT, "a green star", "--scorer", "denoising", "--seed", seed, "--json", tmp_path / "rows.json", "--root", smoke) == 0
+        return [row["value"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
+    assert scores(3) == scores(3) != scores(4)
+
+
+def test_guidance_of_zero_is_used_and_recorded(smoke, tmp_path):
+    pictures = {}
+    for scale in (0, 2):
+        assert call("generate", PROMPT, "--guidance-scale", scale, "--steps", 2, "--out", tmp_path / str(scale), "--root", smoke) == 0
+        assert json.loads((tmp_path / str(scale) / "generate.json").read_text())["run"]["guidance_scale"] == scale
+        pictures[scale] = np.array(load_image(tmp_path / str(scale) / "00000.png"))
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_repeated_settings_add_up(tmp_path):
+    options = ("--set", "recipe.steps=2", "--set", "recipe.checkpoint_every=1", "recipe.warmup_steps=1", "--set=options.evaluation=8")
+    assert call("train", "parser", "--preset", "smoke", "--root", tmp_path, *options) == 0
+    record = json.loads((tmp_path / "parser/run.json").read_text())
+    assert (record["recipe"]["steps"], record["recipe"]["checkpoint_every"], record["recipe"]["warmup_steps"], record["options"]["evaluation"]) == (2, 1, 1, 8)
+
+
 def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--json", tmp_path / "bind.json", "--root", smoke) == 0
     found = json.loads((tmp_path / "bind.json").read_text())
@@ -106,6 +138,22 @@ def test_evaluate_judges_generated_pictures_and_compares_folders(smoke, tmp_path
     assert {"generated", "generated, prompts shuffled", "rendered"} <= {row["images"] for row in rows}
     psnr, frechet = [row for row in rows if row["metric"] == "PSNR"], [row for row in rows if row["metric"].startswith("Fréchet")]
     assert psnr[0]["value"] > 90 and frechet[0]["value"] == pytest.approx(0, abs=1e-3) and frechet[0]["metric"] != "FID"
+
+
+def test_pictures_of_one_prompt_are_no_control_for_each_other(smoke, tmp_path, capsys, monkeypatch):
+    from vugen.evaluate import scene_parser
+    asked, real = [], scene_parser.prompt_accuracy
+    monkeypatch.setattr(scene_parser, "prompt_accuracy", lambda parser, images, prompts, **columns: asked.append(list(prompts)) or real(parser, images, prompts, **columns))
+    assert call("generate", PROMPT, "a green star", "--n", 2, "--steps", 1, "--out", tmp_path / "two", "--root", smoke) == 0
+    assert call("evaluate", tmp_path / "two", "--root", smoke) == 0
+    assert asked == [[PROMPT] * 2 + ["a green star"] * 2, ["a green star"] * 2 + [PROMPT] * 2]
+    same = "a blue square right of a red circle"
+    assert call("generate", PROMPT, same, "--n", 2, "--steps", 1, "--out", tmp_path / "one", "--root", smoke) == 0
+    capsys.readouterr()
+    assert call("evaluate", tmp_path / "one", "--json", tmp_path / "rows.json", "--root", smoke) == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["images"] for row in found["rows"]} == {"generated", "rendered"} and "prompts shuffled" in found["run"]["notes"]
+    assert found["run"]["notes"]["prompts shuffled"] in capsys.readouterr().out
 
 
 def test_describe_prints_json_without_weights(capsys, tmp_path):
@@ -186,10 +234,29 @@ MISTAKES = {
     "endless prompt": ("generate ENDLESS --out {out} --root {smoke}", "10,000 characters"),
     "foreign prompt": ("generate a_purple_idea --out {out} --root {smoke}", "idea"),
     "second prompt foreign": ("generate a_red_circle a_purple_idea --out {out} --root {smoke}", "idea"),
-    "foreign caption": ("classify {picture} --captions a_red_circle the_quick_fox --root {smoke}", "fox|quick|the"),
+    "foreign caption": ("classify {picture} --captions a_red_circle the_quick_fox --scorer contrastive,likelihood,denoising --root {smoke}", "fox|quick|the"),
+    "empty caption": ("classify {picture} --captions a_red_circle EMPTY --root {smoke}", "empty"),
+    "endless caption": ("classify {picture} --captions a_red_circle ENDLESS --root {smoke}", "10,000 characters"),
     "word the models never learned": ("generate a_red_arrow --out {out} --root {smoke}", "arrow"),
     "one caption": ("classify {picture} --captions a_red_circle --root {smoke}", "two captions"),
     "no pictures wanted": ("generate a_red_circle --n 0 --out {out} --root {smoke}", "--n"),
+    "absurdly many pictures wanted": ("generate a_red_circle --n 100000 --out {out} --root {smoke}", "256"),
+    "seed below zero": ("generate a_red_circle --seed -1 --out {out} --root {smoke}", "--seed"),
+    "seed beyond any generator": ("generate a_red_circle --seed 99999999999999999999 --out {out} --root {smoke}", "--seed"),
+    "size below zero": ("generate a_red_circle --size -5 --out {out} --root {smoke}", "--size"),
+    "no size": ("generate a_red_circle --size 0 --out {out} --root {smoke}", "--size"),
+    "absurd size": ("generate a_red_circle --size 1000000 --out {out} --root {smoke}", "--size"),
+    "no decoder steps": ("generate a_red_circle --decoder-steps 0 --out {out} --root {smoke}", "--decoder-steps"),
+    "guidance that is no number": ("generate a_red_circle --guidance-scale nan --out {out} --root {smoke}", "--guidance-scale"),
+    "seed below zero, reconstruct": ("reconstruct {picture} --seed -1 --out {out} --root {smoke}", "--seed"),
+    "panels below zero": ("reconstruct {picture} --size -5 --out {out} --root {smoke}", "--size"),
+    "no panels": ("reconstruct {picture} --size 0 --out {out} --root {smoke}", "--size"),
+    "seed below zero, classify": ("classify {picture} --captions a_red_circle a_blue_star --seed -1 --root {smoke}", "--seed"),
+    "seed below zero, bind": ("bind --seed -1 --root {smoke}", "--seed"),
+    "no items": ("bind --limit 0 --root {smoke}", "--limit"),
+    "seed below zero, probe": ("probe --seed -1 --root {smoke}", "--seed"),
+    "seed below zero, train": ("train parser --preset smoke --root {out} --seed -1", "--seed"),
+    "no seconds": ("bench scenes --seconds 0", "--seconds"),
     "no sampler steps": ("generate a_red_circle --steps 0 --out {out} --root {smoke}", "steps"),
     "no such root": ("generate a_red_circle --out {out} --root {bad}/none", "none"),
     "empty root": ("generate a_red_circle --out {out} --root {bad}/nothing", "nothing"),

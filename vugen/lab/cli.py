@@ -20,13 +20,14 @@ from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir
 
 # %% auto #0
-__all__ = ['STAGES', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS', 'checkpoint_fingerprints', 'run_record', 'write_json',
-           'delivery', 'root_of', 'pick_device', 'show_rows', 'check_prompts', 'stage_class', 'Train', 'Generate',
+__all__ = ['LARGEST_SEED', 'STAGES', 'MOST_STEPS', 'LARGEST_SIDE', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS',
+           'checkpoint_fingerprints', 'run_record', 'write_json', 'delivery', 'root_of', 'pick_device', 'show_rows',
+           'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate',
            'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions',
-           'unique_names', 'Classify', 'classify_rows', 'show_classification', 'place_scorers', 'world_size', 'Bind',
-           'Counter', 'report', 'Probe', 'Evaluate', 'read_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
-           'Bench', 'rate_of', 'bench_decoder', 'Describe', 'Play', 'overview', 'bare_json', 'read_verb', 'command_of',
-           'run_verb', 'sentence', 'main']
+           'unique_names', 'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes',
+           'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'Evaluate', 'read_prompts',
+           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Bench', 'rate_of', 'bench_decoder',
+           'Describe', 'Play', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -101,15 +102,37 @@ def show_rows(rows, columns=None):
 
 def _cell(value): return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../../nbs/lab/cli.ipynb #a465ae50
+# %% ../../nbs/lab/cli.ipynb #8b97a16e
+def sentence(error):
+    "A `UserError` on one line, with a full stop."
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "?", "!", "…")) else text + "."
+
+# %% ../../nbs/lab/cli.ipynb #a5066ea2
+LARGEST_SEED = 2**32 - 1  # what every random generator in use takes
+
+
+def check_number(name, value, low, high=None):  # option as it is typed, and its bounds, both included
+    "The number itself, None where it was not given, or a `UserError` that names the option and what it may be."
+    if value is None or (value >= low and (high is None or value <= high)): return value
+    wanted = f"at least {low:,}" if high is None else f"a number from {low:,} to {high:,}"
+    raise UserError(f"{name} is {value}: give {wanted}.")
+
+# %% ../../nbs/lab/cli.ipynb #81e47c55
+def check_captions(captions):
+    "The captions without outer blanks, or a `UserError` where one is empty or endless."
+    for caption in captions:
+        if not caption.strip(): raise UserError("The prompt is empty: describe a scene, such as 'a red circle left of a blue square'.")
+        if len(caption) > 1000: raise UserError(f"The prompt has {len(caption):,} characters: shorten it to at most 1,000.")
+    return [caption.strip() for caption in captions]
+
+
 def check_prompts(prompts):
-    "Captions of the grammar, or a `UserError`: empty, endless and foreign ones are refused before anything is loaded."
+    "The same for captions that must be of the grammar: a foreign word is named."
     from vugen.data.scenes import parse
-    for prompt in prompts:
-        if not prompt.strip(): raise UserError("The prompt is empty: describe a scene, such as 'a red circle left of a blue square'.")
-        if len(prompt) > 1000: raise UserError(f"The prompt has {len(prompt):,} characters: shorten it to at most 1,000.")
-        parse(prompt)
-    return [prompt.strip() for prompt in prompts]
+    prompts = check_captions(prompts)
+    for prompt in prompts: parse(prompt)
+    return prompts
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
@@ -122,7 +145,7 @@ def stage_class(name):  # a key of STAGES
     module, kind = STAGES[name].split(":")
     return getattr(importlib.import_module(f"vugen.train.{module}"), kind)
 
-# %% ../../nbs/lab/cli.ipynb #57f14aa1
+# %% ../../nbs/lab/cli.ipynb #d3619313
 @dataclass
 class Train:
     "Train one stage of a preset."
@@ -140,41 +163,55 @@ class Train:
     set: tuple[str, ...] = ()  # KEY=VALUE: recipe.learning_rate=1e-4 options.loss=siglip …
 
     def __call__(self, command):
+        check_number("--steps", self.steps, 1); check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--stop-after", self.stop_after, 1)
         from vugen.train.loop import say_outcome, train_stage
         result = train_stage(stage_class(self.stage), self, self.stage, command)
         sentence, code = say_outcome(result, self.stage)
         if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
         return code
 
-# %% ../../nbs/lab/cli.ipynb #c941a5da
+# %% ../../nbs/lab/cli.ipynb #8f229275
+MOST_STEPS, LARGEST_SIDE = 1000, 4096  # of a sampler; of a picture file in pixels
+
+
 @dataclass
 class Generate:
     "Draw pictures of prompts."
     prompts: tuple[str, ...]  # such as "a red circle left of a blue square"
     out: Path = Path("generated")  # folder for the pictures and generate.json
-    n: int = 1  # pictures of each prompt
+    n: int = 1  # pictures of each prompt, at most 256
     guidance_scale: Optional[float] = None  # 1 is no guidance; default the model's
     steps: Optional[int] = None  # sampler steps; default the model's
     decoder_steps: int = 8  # steps of the pixel decoder
     seed: int = 0  # of the noise
-    size: int = 0  # side of the PNG files in pixels; 0 is the model's own
+    size: Optional[int] = None  # side of the PNG files in pixels; default the model's own
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
+        self.check()
         prompts, root, device = check_prompts(self.prompts), root_of(self.root), pick_device(self.device)
-        if not 1 <= self.n <= 10_000: raise UserError(f"--n is {self.n}: give a number from 1 to 10,000.")
         from vugen.generate.text_to_image import TextToImage
         model, start = TextToImage.from_pretrained(root).to(device), time.perf_counter()
-        asked = [prompt for prompt in prompts for _ in range(self.n)]
-        images = model.images(asked, self.guidance_scale, self.steps, self.seed, decoder_steps=self.decoder_steps)
+        asked, used = [prompt for prompt in prompts for _ in range(self.n)], self.sampling(model)
+        images = model.images(asked, seed=self.seed, **used)
         seconds = time.perf_counter() - start
-        run = run_record(command, self.seed, root, device, guidance_scale=self.guidance_scale or model.guidance_scale, num_inference_steps=self.steps or model.num_inference_steps, decoder_steps=self.decoder_steps, seconds=round(seconds, 2))
-        names = save_images(images, asked, run, self.out, self.size)
+        names = save_images(images, asked, run_record(command, self.seed, root, device, **used, seconds=round(seconds, 2)), self.out, self.size)
         print(f"{len(names)} pictures in {self.out} ({len(names) / seconds:.1f} a second)")
 
-# %% ../../nbs/lab/cli.ipynb #69d397c9
-def save_images(images, prompts, run, out, size=0):
+    def check(self):
+        "Refuse impossible numbers."
+        check_number("--n", self.n, 1, 256); check_number("--guidance-scale", self.guidance_scale, 0, 100)
+        check_number("--steps", self.steps, 1, MOST_STEPS); check_number("--decoder-steps", self.decoder_steps, 1, MOST_STEPS)
+        check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--size", self.size, 1, LARGEST_SIDE)
+
+    def sampling(self, model):
+        "What the pictures are drawn with: the options, or the model's own values where none was given (0 is given)."
+        def own(value, name): return getattr(model, name) if value is None else value
+        return {"guidance_scale": own(self.guidance_scale, "guidance_scale"), "num_inference_steps": own(self.steps, "num_inference_steps"), "decoder_steps": self.decoder_steps}
+
+# %% ../../nbs/lab/cli.ipynb #d54f3244
+def save_images(images, prompts, run, out, size=None):
     "Write 00000.png, … and generate.json into `out`; the names of the pictures."
     from vugen.data.images import enlarge, save_png, to_pil
     names = [f"{number:05d}.png" for number in range(len(images))]
@@ -197,7 +234,7 @@ def read_images(paths, size):
     from vugen.data.images import to_tensor
     return torch.cat([to_tensor(picture, size) for picture in read_pictures(list(paths))])
 
-# %% ../../nbs/lab/cli.ipynb #7538143a
+# %% ../../nbs/lab/cli.ipynb #0eb44bd0
 RECONSTRUCTIONS = {"learned": "decoder", "pca": "decoder-pca"}
 
 
@@ -213,8 +250,8 @@ class Reconstruct:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
+        check_number("--steps", self.steps, 1, MOST_STEPS); check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--size", self.size, 16, LARGEST_SIDE)
         root, device, pictures = root_of(self.root), pick_device(self.device), read_pictures(self.images)
-        if self.steps < 1: raise UserError(f"--steps is {self.steps}: give at least 1.")
         from vugen.decode.autoencoder import PixelAutoencoder
         found = {name: PixelAutoencoder.from_pretrained(root, folder).to(device) for name, folder in RECONSTRUCTIONS.items() if (root / folder).is_dir()}
         if not found: raise UserError(f"{root} holds no decoder: train one with `vugen train decoder --root {root}`.")
@@ -252,12 +289,12 @@ def unique_names(names):
     "The names, numbered where one comes twice."
     return [f"{name}-{names[:place].count(name) + 1}" if names[:place].count(name) else name for place, name in enumerate(names)]
 
-# %% ../../nbs/lab/cli.ipynb #5d24bbd2
+# %% ../../nbs/lab/cli.ipynb #f80ae6d2
 @dataclass
 class Classify:
     "Score captions for a picture with every scorer."
     image: Path  # image file
-    captions: tuple[str, ...] = ()  # two or more captions
+    captions: tuple[str, ...] = ()  # two or more; a scorer that cannot read one is left out
     scorer: str = "all"  # all, or names with commas between them
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 0  # of the denoising noise
@@ -266,39 +303,55 @@ class Classify:
 
     def __call__(self, command):
         if len(self.captions) < 2: raise UserError('There is nothing to choose from: give at least two captions, as --captions "a red circle" "a blue circle".')
-        captions, root, device, picture = check_prompts(self.captions), root_of(self.root), pick_device(self.device), read_pictures([self.image])[0]
+        check_number("--seed", self.seed, 0, LARGEST_SEED)
+        captions, root, device, picture = check_captions(self.captions), root_of(self.root), pick_device(self.device), read_pictures([self.image])[0]
         from vugen.data.images import to_tensor
-        scorers = place_scorers(root, self.scorer, device)
-        size = world_size(root)
-        rows = classify_rows(scorers, to_tensor(picture, size).to(device), captions)
-        if self.json: write_json(self.json, {"run": run_record(command, self.seed, root, device), "rows": rows})
-        if str(self.json) != "-": show_classification(rows, captions)
+        scorers = place_scorers(root, self.scorer, device, self.seed)
+        image = to_tensor(picture, seen_size(picture, world_size(root)))
+        rows, notes = classify_rows(scorers, image.to(device), captions)
+        if self.json: write_json(self.json, {"run": run_record(command, self.seed, root, device, notes=notes), "rows": rows})
+        if str(self.json) != "-": show_classification(rows, captions); show_notes(notes)
 
-# %% ../../nbs/lab/cli.ipynb #dbe9f541
+# %% ../../nbs/lab/cli.ipynb #3c0d0206
 def classify_rows(scorers, image, captions):
-    "Each scorer's score and softmax share of each caption, in long form."
+    "Each scorer's score and softmax share of each caption in long form, and {scorer: why it gave none}; a `UserError` if none gave any."
     import torch
-    rows = []
+    rows, notes = [], {}
     for name, scorer in scorers.items():
-        with torch.no_grad(): scores = scorer.score(image, captions)[0].float().cpu()
-        shares = scores.softmax(0)
-        rows += [{"scorer": name, "caption": caption, "metric": "score", "value": score, "share": share, "best": place == int(scores.argmax())}
-                 for place, (caption, score, share) in enumerate(zip(captions, scores.tolist(), shares.tolist()))]
-    return rows
+        try:
+            with torch.no_grad(): scores = scorer.score(image, captions)[0].float().cpu()
+        except UserError as error: notes[name] = sentence(error); continue
+        rows += scorer_rows(name, captions, scores)
+    if not rows: raise UserError(f"No scorer can read the captions: {next(iter(notes.values()))}")
+    return rows, notes
 
 
+def scorer_rows(name, captions, scores):  # scores: [C]
+    "A row a caption."
+    best, shares = int(scores.argmax()), scores.softmax(0).tolist()
+    return [{"scorer": name, "caption": caption, "metric": "score", "value": score, "share": share, "best": place == best}
+            for place, (caption, score, share) in enumerate(zip(captions, scores.tolist(), shares))]
+
+# %% ../../nbs/lab/cli.ipynb #fb7bd32e
 def show_classification(rows, captions):
     "A line a caption, a column a scorer; the best is marked."
     scorers = list(dict.fromkeys(row["scorer"] for row in rows))
     cell = {(row["scorer"], row["caption"]): f"{row['value']:.4g}{' *' if row['best'] else ''}" for row in rows}
     show_rows([{"caption": caption, **{name: cell[name, caption] for name in scorers}} for caption in captions])
 
-# %% ../../nbs/lab/cli.ipynb #366a70a0
-def place_scorers(root, names, device):
+
+def show_notes(notes):  # {what is missing: why}
+    "What a table lacks, below it."
+    if notes: print("\nLeft out:")
+    for name, why in notes.items(): print(f"  {name}: {why}")
+
+# %% ../../nbs/lab/cli.ipynb #4aa7fcb9
+def place_scorers(root, names, device, seed):  # seed: of the noise, for scorers that have some
     "Scorers of trained checkpoints on a device."
     from vugen.understand.scorers import load_scorers
     scorers = load_scorers(root, names)
     for scorer in scorers.values():
+        if hasattr(scorer, "seed"): scorer.seed = seed
         for part in vars(scorer).values():
             if hasattr(part, "parameters"): part.to(device)
     return scorers
@@ -309,7 +362,12 @@ def world_size(root):
     from vugen.understand.scorers import world_of
     return world_of(root).image_size
 
-# %% ../../nbs/lab/cli.ipynb #b7e11da8
+
+def seen_size(picture, smallest, largest=256):  # a Pillow picture; the world's size; enough for every encoder here
+    "Side in pixels of what scorers are shown: the picture's own between the two bounds. Encoders shrink it further for themselves."
+    return max(smallest, min(largest, *picture.size))
+
+# %% ../../nbs/lab/cli.ipynb #1cff3cb5
 @dataclass
 class Bind:
     "Score 2×2 items (two pictures, two captions, the same words) with scorers."
@@ -321,12 +379,13 @@ class Bind:
     root: Optional[Path] = None  # folder of checkpoints
 
     def __call__(self, command):
+        check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED)
         root = root_of(self.root)
         from vugen.understand.benchmarks import run_bind
         found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter())
         report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
 
-# %% ../../nbs/lab/cli.ipynb #cdae2241
+# %% ../../nbs/lab/cli.ipynb #98e748e7
 class Counter:
     "Progress of a long measurement on standard error: what, how many of how many, how long still."
 
@@ -347,9 +406,9 @@ class Counter:
 def report(target, rows, run):
     "Rows to the named file and, unless that is standard output, as a table to the terminal."
     if target: write_json(target, {"run": run, "rows": rows})
-    if str(target) != "-": show_rows(rows)
+    if str(target) != "-": show_rows(rows); show_notes(run.get("notes") or {})
 
-# %% ../../nbs/lab/cli.ipynb #853684cb
+# %% ../../nbs/lab/cli.ipynb #565d9a28
 @dataclass
 class Probe:
     "Fit linear and attention probes for every attribute and relation on an encoder."
@@ -360,12 +419,13 @@ class Probe:
     root: Optional[Path] = None  # folder of checkpoints
 
     def __call__(self, command):
+        check_number("--limit", self.limit, 40); check_number("--seed", self.seed, 0, LARGEST_SEED)
         root = root_of(self.root)
         from vugen.understand.probes import run_probe
         found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
         report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
 
-# %% ../../nbs/lab/cli.ipynb #e631ba59
+# %% ../../nbs/lab/cli.ipynb #be15651f
 @dataclass
 class Evaluate:
     "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
@@ -379,9 +439,10 @@ class Evaluate:
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
         root, rows = root_of(self.root), []
+        notes = {} if other_prompts(list(prompts.values())) or not prompts else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
         if prompts: rows += prompt_rows(self.folder, prompts, root, device)
         if self.reference: rows += reference_rows(self.folder, self.reference, device)
-        report(self.json, rows, run_record(command, None, root, device))
+        report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
 
 # %% ../../nbs/lab/cli.ipynb #a3206ce5
 def read_prompts(folder):  # folder of pictures
@@ -393,16 +454,26 @@ def read_prompts(folder):  # folder of pictures
     try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
     except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
 
-# %% ../../nbs/lab/cli.ipynb #67b59000
+# %% ../../nbs/lab/cli.ipynb #f8f34935
+def other_prompts(prompts):  # one a picture
+    "For each prompt the next one that says something else, in a circle; empty where all say the same."
+    from vugen.data.scenes import parse
+    said = dict(zip((told := [parse(prompt) for prompt in prompts]), prompts))
+    if len(said) < 2: return []
+    order = list(said)
+    following = dict(zip(order, order[1:] + order[:1]))
+    return [said[following[each]] for each in told]
+
+# %% ../../nbs/lab/cli.ipynb #b3fafede
 def prompt_rows(folder, prompts, root, device):
     "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
-    from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
+    from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
     from vugen.understand.scorers import world_of
     parser = SceneParser.from_pretrained(root / "parser").to(device)
     images = read_images([Path(folder) / name for name in prompts], parser.image_size).to(device)
     asked = list(prompts.values())
     rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked)]
-    if len(set(asked)) > 1: rows += [{"images": "generated, prompts shuffled", **row} for row in shuffled_accuracy(parser, images, asked)]
+    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others)]
     return rows + parser_accuracy(parser, world_of(root), 1_000_003, range(500), images="rendered")
 
 # %% ../../nbs/lab/cli.ipynb #b3d9dfee
@@ -432,7 +503,7 @@ def reference_rows(folder, reference, device, size=128):
     if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device))})
     return rows
 
-# %% ../../nbs/lab/cli.ipynb #d6316b01
+# %% ../../nbs/lab/cli.ipynb #73cb4f08
 BENCHES = {"scenes": "vugen.data.scenes:bench_scenes", "decoder": "vugen.lab.cli:bench_decoder"}
 
 
@@ -445,7 +516,7 @@ class Bench:
 
     def __call__(self, command):
         if self.name not in BENCHES: raise UserError(f"There is no bench {self.name!r}: choose one of {', '.join(BENCHES)}.")
-        if not self.seconds > 0: raise UserError(f"--seconds is {self.seconds}: give a positive number.")
+        check_number("--seconds", self.seconds, 0.001, 3600)
         module, function = BENCHES[self.name].split(":")
         rows = getattr(importlib.import_module(module), function)(seconds=self.seconds)
         run = run_record(command, device=pick_device("auto") if self.name == "decoder" else "cpu")
@@ -488,7 +559,7 @@ class Describe:
         print(); show_rows(found["stages"])
         print(f"\nThe largest stage needs {found['memory_gib']:.2f} GiB to train.")
 
-# %% ../../nbs/lab/cli.ipynb #7b2c24dd
+# %% ../../nbs/lab/cli.ipynb #d893a798
 @dataclass
 class Play:
     "Open the playground in a browser."
@@ -498,6 +569,7 @@ class Play:
     browser: bool = True  # open one
 
     def __call__(self, command):
+        check_number("--port", self.port, 1, 65_535)
         from vugen.lab.playground import launch
         launch(root=root_of(self.root), port=self.port, host=self.host, open_browser=self.browser)
 
@@ -518,11 +590,23 @@ def bare_json(words):
     for place in reversed(ends): words = [*words[:place + 1], "-", *words[place + 1:]]
     return list(words)
 
-# %% ../../nbs/lab/cli.ipynb #22b52f23
+# %% ../../nbs/lab/cli.ipynb #7603c861
+def gather(words, option="--set"):
+    "All values of an option behind its last mention, the other words in their order before it."
+    kept, values, inside, seen = [], [], False, False
+    for word in words:
+        if word == option: inside = seen = True
+        elif word.startswith(f"{option}="): values.append(word[len(option) + 1:]); inside, seen = False, True
+        elif inside and not word.startswith("-"): values.append(word)
+        else: kept.append(word); inside = False
+    return [*kept, option, *values] if seen else kept
+
+# %% ../../nbs/lab/cli.ipynb #d034d01c
 def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
     "The dataclass instance that the words describe; leaves with code 2 and a usage text where they do not."
     import tyro
     name, rest = words[0], bare_json(words[1:])
+    if name == "train": rest = gather(rest)
     return tyro.cli(VERBS[name], prog=f"vugen {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
 
 # %% ../../nbs/lab/cli.ipynb #a0430a91
@@ -540,13 +624,7 @@ def run_verb(words):
     if words[0] not in VERBS: raise UserError(f"There is no verb {words[0]!r}: choose one of {', '.join(VERBS)}.")
     return read_verb(words)(command_of(words)) or 0
 
-# %% ../../nbs/lab/cli.ipynb #e02b8031
-def sentence(error):
-    "A `UserError` on one line, with a full stop."
-    text = " ".join(str(error).split())
-    return text if text.endswith((".", "?", "!", "…")) else text + "."
-
-
+# %% ../../nbs/lab/cli.ipynb #acce5ffe
 def main(words=None):  # default: sys.argv
     "The program `vugen`: exit code 0, 2 after a mistake that one sentence explains, 130 after an interrupt."
     words = sys.argv[1:] if words is None else list(words)
