@@ -20,14 +20,15 @@ from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir
 
 # %% auto #0
-__all__ = ['LARGEST_SEED', 'STAGES', 'MOST_STEPS', 'LARGEST_SIDE', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS',
+__all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'RECONSTRUCTIONS', 'SUFFIXES', 'BENCHES', 'VERBS',
            'checkpoint_fingerprints', 'run_record', 'write_json', 'delivery', 'root_of', 'pick_device', 'show_rows',
            'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate',
-           'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions',
-           'unique_names', 'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes',
-           'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'Evaluate', 'read_prompts',
-           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Bench', 'rate_of', 'bench_decoder',
-           'Describe', 'Play', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'check_generate', 'sampling_of', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
+           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
+           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report',
+           'Probe', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
+           'Bench', 'rate_of', 'bench_decoder', 'Describe', 'Play', 'overview', 'bare_json', 'gather', 'read_verb',
+           'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -108,8 +109,9 @@ def sentence(error):
     text = " ".join(str(error).split())
     return text if text.endswith((".", "?", "!", "…")) else text + "."
 
-# %% ../../nbs/lab/cli.ipynb #a5066ea2
+# %% ../../nbs/lab/cli.ipynb #c1258517
 LARGEST_SEED = 2**32 - 1  # what every random generator in use takes
+MOST_STEPS, LARGEST_SIDE = 1000, 4096  # of a sampler; of a picture file in pixels
 
 
 def check_number(name, value, low, high=None):  # option as it is typed, and its bounds, both included
@@ -170,10 +172,7 @@ class Train:
         if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
         return code
 
-# %% ../../nbs/lab/cli.ipynb #8f229275
-MOST_STEPS, LARGEST_SIDE = 1000, 4096  # of a sampler; of a picture file in pixels
-
-
+# %% ../../nbs/lab/cli.ipynb #c21e1041
 @dataclass
 class Generate:
     "Draw pictures of prompts."
@@ -189,26 +188,28 @@ class Generate:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        self.check()
+        check_generate(self)
         prompts, root, device = check_prompts(self.prompts), root_of(self.root), pick_device(self.device)
         from vugen.generate.text_to_image import TextToImage
         model, start = TextToImage.from_pretrained(root).to(device), time.perf_counter()
-        asked, used = [prompt for prompt in prompts for _ in range(self.n)], self.sampling(model)
+        asked, used = [prompt for prompt in prompts for _ in range(self.n)], sampling_of(self, model)
         images = model.images(asked, seed=self.seed, **used)
         seconds = time.perf_counter() - start
         names = save_images(images, asked, run_record(command, self.seed, root, device, **used, seconds=round(seconds, 2)), self.out, self.size)
         print(f"{len(names)} pictures in {self.out} ({len(names) / seconds:.1f} a second)")
 
-    def check(self):
-        "Refuse impossible numbers."
-        check_number("--n", self.n, 1, 256); check_number("--guidance-scale", self.guidance_scale, 0, 100)
-        check_number("--steps", self.steps, 1, MOST_STEPS); check_number("--decoder-steps", self.decoder_steps, 1, MOST_STEPS)
-        check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--size", self.size, 1, LARGEST_SIDE)
+# %% ../../nbs/lab/cli.ipynb #63fbc5e0
+def check_generate(verb):  # Generate
+    "Refuse impossible numbers."
+    check_number("--n", verb.n, 1, 256); check_number("--guidance-scale", verb.guidance_scale, 0, 100)
+    check_number("--steps", verb.steps, 1, MOST_STEPS); check_number("--decoder-steps", verb.decoder_steps, 1, MOST_STEPS)
+    check_number("--seed", verb.seed, 0, LARGEST_SEED); check_number("--size", verb.size, 1, LARGEST_SIDE)
 
-    def sampling(self, model):
-        "What the pictures are drawn with: the options, or the model's own values where none was given (0 is given)."
-        def own(value, name): return getattr(model, name) if value is None else value
-        return {"guidance_scale": own(self.guidance_scale, "guidance_scale"), "num_inference_steps": own(self.steps, "num_inference_steps"), "decoder_steps": self.decoder_steps}
+
+def sampling_of(verb, model):  # Generate, TextToImage
+    "What pictures are drawn with: the options, or the model's own values where none was given (0 is given)."
+    def own(value, name): return getattr(model, name) if value is None else value
+    return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": verb.decoder_steps}
 
 # %% ../../nbs/lab/cli.ipynb #d54f3244
 def save_images(images, prompts, run, out, size=None):
@@ -425,7 +426,7 @@ class Probe:
         found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
         report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
 
-# %% ../../nbs/lab/cli.ipynb #be15651f
+# %% ../../nbs/lab/cli.ipynb #c3f7bf4b
 @dataclass
 class Evaluate:
     "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
@@ -439,7 +440,7 @@ class Evaluate:
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
         root, rows = root_of(self.root), []
-        notes = {} if other_prompts(list(prompts.values())) or not prompts else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
+        notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
         if prompts: rows += prompt_rows(self.folder, prompts, root, device)
         if self.reference: rows += reference_rows(self.folder, self.reference, device)
         report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
