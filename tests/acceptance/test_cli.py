@@ -128,7 +128,7 @@ def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     assert {"scorer", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0])
     assert all(row["low"] <= row["value"] <= row["high"] for row in found["rows"]) and "versions" in found["run"] and "seed" in found["run"]
     assert call("probe", "--encoder", "contrastive", "--limit", 60, "--json", tmp_path / "probe.json", "--root", smoke) == 0
-    assert {"suite", "metric", "value", "n"} <= set(json.loads((tmp_path / "probe.json").read_text())["rows"][0])
+    assert {"encoder", "suite", "category", "metric", "readout", "value", "low", "high", "n", "chance"} <= set(json.loads((tmp_path / "probe.json").read_text())["rows"][0])
 
 
 def test_evaluate_judges_generated_pictures_and_compares_folders(smoke, tmp_path, capsys):

@@ -26,9 +26,9 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'RECONSTRUCTI
            'check_generate', 'sampling_of', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
            'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
            'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report',
-           'Probe', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
-           'Bench', 'rate_of', 'bench_decoder', 'Describe', 'Play', 'overview', 'bare_json', 'gather', 'read_verb',
-           'command_of', 'run_verb', 'main']
+           'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in',
+           'reference_rows', 'Bench', 'rate_of', 'bench_decoder', 'Describe', 'Play', 'overview', 'bare_json', 'gather',
+           'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -409,7 +409,7 @@ def report(target, rows, run):
     if target: write_json(target, {"run": run, "rows": rows})
     if str(target) != "-": show_rows(rows); show_notes(run.get("notes") or {})
 
-# %% ../../nbs/lab/cli.ipynb #565d9a28
+# %% ../../nbs/lab/cli.ipynb #8d79292d
 @dataclass
 class Probe:
     "Fit linear and attention probes for every attribute and relation on an encoder."
@@ -424,7 +424,13 @@ class Probe:
         root = root_of(self.root)
         from vugen.understand.probes import run_probe
         found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
-        report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
+        report(self.json, long_rows(found["rows"]), {**run_record(command, self.seed, root), **found["run"], "command": command})
+
+# %% ../../nbs/lab/cli.ipynb #accf308f
+def long_rows(rows):  # of `run_probe`
+    "Rows of probes with the columns of every other measurement: what is read is the category, the readout stays."
+    def long(row): return {"encoder": row["encoder"], "suite": "probes", "category": row["target"], "metric": "accuracy", **{key: value for key, value in row.items() if key not in ("encoder", "target")}}
+    return [long(row) for row in rows]
 
 # %% ../../nbs/lab/cli.ipynb #c3f7bf4b
 @dataclass
