@@ -18,10 +18,10 @@ from ..errors import UserError
 from ..evaluate.intervals import wilson
 
 # %% auto #0
-__all__ = ['PENALTIES', 'PROBE_SEED', 'READOUTS', 'USED_BY', 'ProbeTask', 'chance_level', 'joint_loss', 'fit_logistic',
-           'standardise', 'hits', 'linear_probe', 'AttentionProbe', 'attention_probe', 'scene_tasks', 'binding_tasks',
-           'probe_tasks', 'extract', 'ProbeData', 'probe_data', 'shuffled', 'probe_encoder', 'above_chance', 'compare',
-           'plot_compare', 'load_encoder', 'run_probe']
+__all__ = ['PENALTIES', 'PROBE_SEED', 'READOUTS', 'USED_BY', 'BAG_OF_ATOMS', 'ProbeTask', 'chance_level', 'joint_loss',
+           'fit_logistic', 'standardise', 'hits', 'linear_probe', 'AttentionProbe', 'attention_probe', 'scene_tasks',
+           'binding_tasks', 'probe_tasks', 'extract', 'ProbeData', 'probe_data', 'shuffled', 'probe_encoder',
+           'above_chance', 'compare', 'plot_compare', 'load_encoder', 'run_probe']
 
 # %% ../../nbs/understand/probes.ipynb #2aad9a04
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def probe_encoder(
         rows += _rows(name or encoder.name, READOUTS.get(key, f"linear on the {key}"), data, answers)
     return rows
 
-# %% ../../nbs/understand/probes.ipynb #a113b83d
+# %% ../../nbs/understand/probes.ipynb #19d88123
 USED_BY = {  # target of a probe → categories of the suite that cannot be won without it
     "color": ("replace-attribute",),
     "shape": ("replace-object",),
@@ -335,6 +335,8 @@ USED_BY = {  # target of a probe → categories of the suite that cannot be won 
     "relation of a given shape": ("swap-object", "replace-relation"),
 }
 
+BAG_OF_ATOMS = {"color of a given shape": 0.5, "shape of a given color": 0.5, "relation of a given shape": 0.5}  # without binding, one of two
+
 def above_chance(
     value: float,  # an accuracy
     chance: float,  # of guessing
@@ -342,25 +344,25 @@ def above_chance(
     "Share of the way from chance to perfect"
     return (value - chance) / (1 - chance) if chance < 1 else float("nan")
 
-# %% ../../nbs/understand/probes.ipynb #426bfcf3
+# %% ../../nbs/understand/probes.ipynb #09b36f1f
 def compare(
     probe_rows: Sequence[dict],  # of one encoder, from `probe_encoder`
     suite_rows: Sequence[dict],  # of one scorer, from the binding suite
     metric: str = "text",  # of the suite
 ) -> list[dict]:  # target, readout, keeps, category, uses; the last two scaled by `above_chance`
-    "What an encoder keeps (its best readout) beside what a score uses (foils that cannot be told apart without it)"
+    "What an encoder keeps (its best readout, above what a bag of atoms gives) beside what a score uses (foils that cannot be told apart without it)"
     used = {row["category"]: row for row in suite_rows if row["metric"] == metric}
     table = []
     for target, categories in USED_BY.items():
         kept = max((row for row in probe_rows if row["target"] == target), key=lambda row: row["value"], default=None)
         for category in categories:
             if kept is None or category not in used: continue
-            uses = used[category]
-            table.append({"target": target, "readout": kept["readout"], "keeps": above_chance(kept["value"], kept["chance"]), "category": category, "uses": above_chance(uses["value"], uses["chance"]),
+            uses, floor = used[category], max(kept["chance"], BAG_OF_ATOMS.get(target, 0.0))
+            table.append({"target": target, "readout": kept["readout"], "keeps": above_chance(kept["value"], floor), "category": category, "uses": above_chance(uses["value"], uses["chance"]),
                           "encoder": kept["encoder"], "scorer": uses["scorer"], "metric": metric})
     return table
 
-# %% ../../nbs/understand/probes.ipynb #4fc6354b
+# %% ../../nbs/understand/probes.ipynb #6e654e4b
 def plot_compare(
     table: Sequence[dict],  # from `compare`
     axis=None,  # a matplotlib axis; a new one if none
@@ -371,7 +373,7 @@ def plot_compare(
     for shift, key, color in ((-.2, "keeps", "#2a6f97"), (.2, "uses", "#e09f3e")):
         axis.barh([row + shift for row in range(len(table))], [max(row[key], 0) for row in table], .38, color=color, label=f"{key} ({table[0]['encoder'] if key == 'keeps' else table[0]['scorer']})")
     axis.set_yticks(range(len(table)), [f"{row['target']}\n{row['category']}" for row in table], fontsize=8)
-    axis.set(xlim=(0, 1), xlabel="share of the way from chance to perfect"); axis.invert_yaxis(); axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
+    axis.set(xlim=(0, 1), xlabel="share of the way from the floor to perfect"); axis.invert_yaxis(); axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     axis.figure.tight_layout()
     return axis
 
