@@ -142,19 +142,18 @@ def test_skip_widths_are_used_up():
     assert len(skip_widths(widths)) == 3 * len(widths)
 
 
-def test_one_batch_can_be_learned():
+def test_one_batch_can_be_learned_from_its_latents():
     torch.manual_seed(0)
     decoder = PixelDiffusionDecoder(latent_dim=4, image_size=16, grid_size=4, base_channels=8, num_layers=1, precondition=0.85, shuffle_channels=4)
     images, latents = torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3), torch.randn(4, 16, 4)
-    optimizer, signed = torch.optim.Adam(decoder.parameters(), 4e-3), to_signed(images)
+    optimizer, signed, t = torch.optim.Adam(decoder.parameters(), 5e-3), to_signed(images), torch.zeros(4)
     error = lambda: (decoder.decode(latents, 1) - images).square().mean().item()
     before = error()
-    for _ in range(30):
-        noise, t = torch.randn(signed.shape), torch.rand(4)
-        x_t = t[:, None, None, None] * signed + (1 - t)[:, None, None, None] * noise
-        loss = (decoder.velocity(x_t, t, latents) - (signed - noise)).square().mean()
+    for _ in range(60):                                          # from pure noise, so that only the latents can tell
+        noise = torch.randn(signed.shape)
+        loss = (decoder.velocity(noise, t, latents) - (signed - noise)).square().mean()
         optimizer.zero_grad(); loss.backward(); optimizer.step()
-    assert error() < 0.7 * before
+    assert error() < 0.6 * before
 
 
 def test_save_and_load(tmp_path, decoder):
