@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from vugen.errors import UserError
@@ -99,7 +100,10 @@ def test_sigterm_saves_and_says_so_and_resumes_exactly(whole, tmp_path):
 def line(monkeypatch):
     "The stage's module, imported as a test may bend it."
     monkeypatch.syspath_prepend(str(STAGE.parent))
-    return importlib.import_module("line_stage")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the processes that `start` makes: sums over two threads round differently
+    yield importlib.import_module("line_stage")
+    torch.set_num_threads(threads)
 
 
 def train(line, preset, out, *words):

@@ -97,7 +97,7 @@ def readme_pages(
     texts, files = [], {}
     for number, cell in enumerate(notebook["cells"]):
         text, pictures = _cell_markdown(cell, number, folder)
-        if text.strip(): texts.append(text.strip())
+        if text.strip(): texts.append(re.sub(r"\]\(([\w/]+\.ipynb)\)", r"](nbs/\1)", text.strip()))  # links between notebooks, seen from the checkout
         files.update(pictures)
     note = "<!-- Made from nbs/index.ipynb by `make readme`: edit the notebook, not this file. -->"
     return {"README.md": (note + "\n\n" + "\n\n".join(texts) + "\n").encode(), **files}
