@@ -65,10 +65,13 @@ class PixelAutoencoder(nn.Module):
     @property
     def image_size(self) -> int: return self.decoder.image_size
 
+    @property
+    def device(self) -> torch.device: return next(self.decoder.parameters()).device
+
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         "Images [B,3,H,W] in [0,1] → whitened latents [B,N,d]."
-        return self.reducer.encode(self.encoder(images).tokens)
+        return self.reducer.encode(self.encoder(images.to(self.device)).tokens)
 
     def decode(self,
                latents: torch.Tensor,  # [B,N,d]
@@ -90,7 +93,7 @@ class PixelAutoencoder(nn.Module):
 
     def psnr(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         "PSNR [B] in dB at the decoder's own size."
-        return psnr(resize_images(images, self.image_size), reconstructions)
+        return psnr(resize_images(images.to(reconstructions.device), self.image_size), reconstructions)
 
     @classmethod
     def from_pretrained(cls,
