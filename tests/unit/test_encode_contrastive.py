@@ -167,6 +167,7 @@ def _rank(rank, port, folder):
         dist.all_reduce(value.grad)
         value.grad /= 2
     if rank == 0: torch.save({"loss": loss.detach(), "accuracy": metrics["accuracy"], **{name: value.grad for name, value in model.named_parameters()}}, folder / "two.pt")
+    dist.barrier() # no process leaves while another still talks to it
     dist.destroy_process_group()
 
 

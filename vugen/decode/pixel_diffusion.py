@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.flow import convert, euler
-from ..models.layers import timestep_embedding
+from ..models.layers import attend, timestep_embedding
 from ..models.saving import PretrainedMixin
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #0fb9b83d
@@ -111,7 +111,7 @@ class RelativeAttention(nn.Module):
         "`x` [B,N,dim] on `grid` (height, width) → [B,N,dim]."
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.bias[relative_index(*grid, self.window).to(x.device)].permute(2, 0, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        mixed = attend(q, k, v, bias.to(q.dtype)[None])
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #94c969d1

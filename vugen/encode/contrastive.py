@@ -73,17 +73,26 @@ def sigmoid_loss(
     return each.sum() / len(logits)
 
 # %% ../../nbs/encode/contrastive.ipynb #7e56c4e9
+class _GatherWithGradient(torch.autograd.Function):
+    "All processes' parts in order of rank; backwards, the sum of all processes' gradients of one's own part"
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
 def gather_with_gradient(
     x: torch.Tensor, # [B, ...], this process's part
 ) -> torch.Tensor: # [W * B, ...], everyone's, in order of rank
     "Collect a tensor from all processes, letting gradients flow back"
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1: return x
-    if x.requires_grad:
-        from torch.distributed.nn.functional import all_gather
-        return torch.cat(all_gather(x.contiguous()))
-    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    return _GatherWithGradient.apply(x)
 
 # %% ../../nbs/encode/contrastive.ipynb #95a3d401
 LOSSES = {"infonce": info_nce, "siglip": sigmoid_loss}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
-from ..models.layers import sincos_2d, timestep_embedding
+from ..models.layers import attend, sincos_2d, timestep_embedding
 
 # %% auto #0
 __all__ = ['text_decoder', 'rotate', 'PromptCache', 'prompt_cache', 'normed', 'project_heads', 'joint_attention', 'joint_mask',
@@ -113,7 +113,7 @@ def joint_attention(
     query, key, value = project_heads(attention, hidden)
     keys, values = torch.cat([prompt_keys, key], 2), torch.cat([prompt_values, value], 2)
     if (groups := query.shape[1] // keys.shape[1]) > 1: keys, values = (part.repeat_interleave(groups, 1) for part in (keys, values))
-    mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
+    mixed = attend(query, keys, values, mask, attention.scaling)
     return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #f8e158e6

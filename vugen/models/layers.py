@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% auto #0
-__all__ = ['attention_mask', 'Attention', 'MLP', 'SwiGLU', 'TransformerBlock', 'init_transformer', 'timestep_embedding',
-           'sincos_2d', 'count_parameters']
+__all__ = ['FEW_TOKENS', 'attention_mask', 'attend', 'Attention', 'MLP', 'SwiGLU', 'TransformerBlock', 'init_transformer',
+           'timestep_embedding', 'sincos_2d', 'count_parameters']
 
 # %% ../../nbs/models/layers.ipynb #0ef7f6f6
 def attention_mask(
@@ -29,6 +29,22 @@ def attention_mask(
     return past if keys is None else past & keys
 
 # %% ../../nbs/models/layers.ipynb #9fc141fb
+FEW_TOKENS = 512 # keys up to which the plain formula is worth its memory
+
+def attend(
+    query: torch.Tensor, # [B, heads, L, head_dim]
+    key: torch.Tensor, # [B, heads, K, head_dim]
+    value: torch.Tensor, # [B, heads, K, head_dim]
+    mask: torch.Tensor | None = None, # broadcasts against [B, heads, L, K]: True where attention is allowed, or numbers added to the scores
+    scale: float | None = None, # of the scores, 1/√head_dim if not given
+) -> torch.Tensor: # [B, heads, L, head_dim]
+    "Scaled dot-product attention; torch's fused kernel except in training on a CPU, where its backward pass is several times slower than the plain formula"
+    plain = query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled() and key.shape[2] <= FEW_TOKENS
+    if not plain: return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    scores = (query * (query.shape[-1] ** -.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    if mask is not None: scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).to(value.dtype) @ value
+
 class Attention(nn.Module):
     "Multi-head attention, of a sequence to itself or to a `context`"
     def __init__(self,
@@ -52,7 +68,7 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None, # True where attention is allowed, broadcasts against [B, heads, L, K]
     ) -> torch.Tensor: # [B, L, D]
         key, value = self.key_value(x if context is None else context).chunk(2, -1)
-        y = F.scaled_dot_product_attention(*map(self._heads, (self.query(x), key, value)), attn_mask=mask)
+        y = attend(*map(self._heads, (self.query(x), key, value)), mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/models/layers.ipynb #cfee4a65

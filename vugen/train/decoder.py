@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..data.images import PHOTOGRAPHS, sample_photographs
+from ..data.corpora import HELD_OUT_PHOTOGRAPHS, TRAINING_PHOTOGRAPHS
+from ..data.images import sample_photographs
 from ..data.images import to_tensor as picture_tensor
 from ..data.scenes import World
 from ..data.scenes import batch as scene_batch
@@ -32,9 +33,9 @@ from .loop import stage_main
 from .presets import Preset
 
 # %% auto #0
-__all__ = ['HELD_OUT_PHOTOGRAPHS', 'HELD_OUT', 'EVALUATION_STEPS', 'STAGES', 'draw_kinds', 'scene_images', 'emoji_world',
-           'load_photographs', 'photograph_crop', 'Pictures', 'batch_whiten', 'add_latent_noise', 'DecoderTraining',
-           'psnr_rows', 'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
+__all__ = ['HELD_OUT', 'EVALUATION_STEPS', 'STAGES', 'draw_kinds', 'scene_images', 'emoji_world', 'load_photographs',
+           'photograph_crop', 'Pictures', 'batch_whiten', 'add_latent_noise', 'DecoderTraining', 'psnr_rows',
+           'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
 
 # %% ../../nbs/train/decoder.ipynb #b8379b23
 def draw_kinds(mixture: dict,  # {"scenes": share, "emoji": share, "photographs": share}
@@ -56,8 +57,6 @@ def emoji_world(world: World) -> World:
     return dataclasses.replace(world, shapes=(), emoji=("all",), emoji_share=1.0, held_out=())
 
 # %% ../../nbs/train/decoder.ipynb #1e857408
-HELD_OUT_PHOTOGRAPHS = ("cat", "flower", "rocket")
-
 @functools.lru_cache(maxsize=8)
 def load_photographs(names: tuple, largest: int) -> list:
     "RGB pictures whose longer side is at most `largest` pixels, so that crops are cheap."
@@ -80,8 +79,7 @@ class Pictures:
         unknown = set(mixture) - {"scenes", "emoji", "photographs"}
         if unknown: raise UserError(f"The mixture knows no {sorted(unknown)[0]!r}: give shares of scenes, emoji and photographs.")
         self.world, self.mixture = world, {kind: share for kind, share in mixture.items() if share > 0}
-        trained = tuple(name for name in PHOTOGRAPHS if name not in HELD_OUT_PHOTOGRAPHS)
-        self.photographs = load_photographs(photographs or trained, 8 * world.image_size) if "photographs" in self.mixture else []
+        self.photographs = load_photographs(photographs or TRAINING_PHOTOGRAPHS, 8 * world.image_size) if "photographs" in self.mixture else []
         self.emoji = emoji_world(world) if "emoji" in self.mixture else None
 
     def of_kind(self, kind, seed, indices):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['STATES_KEPT', 'Stage', 'sample_indices', 'step_seed', 'seed_everything', 'learning_rate_at', 'make_optimizer',
            'trained_tensors', 'frozen_fingerprint', 'load_tensors', 'training_mode', 'Ema', 'Training',
-           'make_accelerator', 'prepare', 'to_device', 'micro_batches', 'train_step', 'optimizer_tensors',
-           'load_optimizer', 'description', 'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log',
-           'duration', 'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'check_free',
-           'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
-           'stage_main']
+           'multiplies_bf16', 'make_accelerator', 'prepare', 'to_device', 'micro_batches', 'train_step',
+           'optimizer_tensors', 'load_optimizer', 'description', 'save_state', 'states', 'differences', 'check_same',
+           'restore', 'read_log', 'duration', 'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record',
+           'finish', 'check_free', 'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome',
+           'command_line', 'stage_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -179,12 +179,19 @@ class Training:
     def device(self): return self.accelerator.device
 
 # %% ../../nbs/train/loop.ipynb #d9421b71
+def multiplies_bf16():
+    "Whether this machine has instructions for bf16: a GPU, or a CPU with AVX-512 BF16 or AMX. Without them bf16 is hundreds of times slower than fp32."
+    if torch.cuda.is_available(): return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def make_accelerator(recipe, find_unused=False):
-    "accelerate's `Accelerator`: bf16 on a GPU, fp32 on a CPU (where bf16 is hundreds of times slower) unless the recipe says otherwise."
+    "accelerate's `Accelerator`: bf16 where the machine multiplies it, fp32 elsewhere, unless the recipe says otherwise."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state()  # another stage of this process may have used another precision
-    precision = {"auto": "bf16" if torch.cuda.is_available() else "no", "fp32": "no", "bf16": "bf16"}[recipe.precision]
+    precision = {"auto": "bf16" if multiplies_bf16() else "no", "fp32": "no", "bf16": "bf16"}[recipe.precision]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"): raise UserError(f"Training states are written by whole models, and {kind} shards them: launch with data parallelism (accelerate launch --multi_gpu).")

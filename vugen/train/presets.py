@@ -32,7 +32,7 @@ class Recipe:
     seed: int = 0  # of the weights, the samples and the noise
     log_every: int = 50  # steps between lines of the log
     checkpoint_every: int = 500  # steps between training states
-    precision: str = "auto"  # "auto" (bf16 on a GPU, fp32 on a CPU), "fp32" or "bf16"
+    precision: str = "auto"  # "auto" (bf16 where the machine multiplies it, else fp32), "fp32" or "bf16"
     gradient_accumulation: int = 1  # micro-batches an optimiser step
 
     def __post_init__(self):
