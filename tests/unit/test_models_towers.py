@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vugen.errors import UserError
-from vugen.models.layers import Attention, TransformerBlock, attention_mask, count_parameters, sincos_2d, timestep_embedding
+from vugen.models.layers import Attention, TransformerBlock, attend, attention_mask, count_parameters, sincos_2d, timestep_embedding
 from vugen.models.seams import Decoder, Generator, Patches, Reducer, Scorer, VisionEncoder
 from vugen.models.text import TextTransformer, WordTokenizer
 from vugen.models.vit import AttentionPool, VisionTransformer, patchify, resize
@@ -35,6 +35,19 @@ def test_attention_matches_torch():
     real = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
     torch.testing.assert_close(ours(x, context, attention_mask(real, 7)), theirs(x, context, context, key_padding_mask=~real)[0])
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_training_attention_is_the_fused_kernel(kind):
+    "The plain formula that trains on a CPU gives the kernel's values and gradients."
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, length, 8, dtype=torch.float64, requires_grad=True) for length in (5, 7, 7)]
+    mask = {"none": None, "bool": torch.rand(2, 1, 5, 7) < .6, "float": torch.randn(2, 1, 5, 7, dtype=torch.float64)}[kind]
+    if kind == "bool": mask[..., 0] = True
+    ours, theirs = attend(*parts, mask, .3), torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, scale=.3)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(ours)
+    for one, two in zip(torch.autograd.grad((ours * weight).sum(), parts), torch.autograd.grad((theirs * weight).sum(), parts)): torch.testing.assert_close(one, two)
 
 
 def test_attention_wants_divisible_heads():

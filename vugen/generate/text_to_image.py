@@ -56,6 +56,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         latent_dim: int = 8, # d, channels of a latent token
         grid: tuple[int, int] = (8, 8), # rows and columns of latent tokens
         position_scale: float = 1.0, # size of the position embedding
+        shift: float = 1.0, # time shift of training and sampling: above 1, more of the time near the noise
         guidance_scale: float = 2.0, # default of `generate`
         num_inference_steps: int = 50, # default of `generate`
         vlm: str = "../vlm", # folders of the parts, relative to the saved model
@@ -66,7 +67,7 @@ class TextToImage(nn.Module, PretrainedMixin):
     ):
         super().__init__()
         self.latent_dim, self.grid = latent_dim, tuple(grid)
-        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+        self.shift, self.guidance_scale, self.num_inference_steps = shift, guidance_scale, num_inference_steps
         self.vlm = self.reducer = self.pixel_decoder = self.mixture = None
 
     def attach(self,
@@ -174,7 +175,7 @@ def generate(
     guidance_scale: float | None = None, # 1 is no guidance; the model's default if not given
     num_inference_steps: int | None = None, # Euler steps; the model's default if not given
     seed: int = 0, # of the noise
-    shift: float = 1.0, # time shift, see `vugen.models.flow.time_shift`
+    shift: float | None = None, # time shift, see `vugen.models.flow.time_shift`; the one of training if not given
     callback: Callable | None = None, # called after each step with (index, t reached, latents)
 ) -> torch.Tensor: # latents [B, N, d]
     "Sample reduced latents for prompts"
@@ -187,7 +188,7 @@ def generate(
         told = model.velocity(latents, t, cache)
         return told if scale == 1 else guided(told, model.velocity(latents, t, silent), scale)
     noise = latent_noise(seed, len(prompts), model.mixture.num_tokens, model.latent_dim).to(model.device)
-    return euler(field, noise, steps, shift, callback)
+    return euler(field, noise, steps, model.shift if shift is None else shift, callback)
 
 # %% ../../nbs/generate/text_to_image.ipynb #53e71a19
 def draw(

@@ -45,6 +45,7 @@ def attend(
     if mask is not None: scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).to(value.dtype) @ value
 
+# %% ../../nbs/models/layers.ipynb #a77e4d02
 class Attention(nn.Module):
     "Multi-head attention, of a sequence to itself or to a `context`"
     def __init__(self,

@@ -80,7 +80,7 @@ class GeneratorStage:
 
     def loss(self, module, batch, generator):
         latents = batch["latents"]
-        t = sample_time(len(latents), self.options.get("time", "logit-normal"), generator, self.options.get("shift", 1.0)).to(latents)
+        t = sample_time(len(latents), self.options.get("time", "logit-normal"), generator, self.model.shift).to(latents)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         loss = module(latents, batch["ids"], batch["mask"], t, noise).mean()
         return loss, {"unexplained": loss.detach() / (latents - noise).square().mean()}

@@ -111,6 +111,7 @@ class VLMStage:
         if self.world.completeness < 1 or self.world.saliency_bias > 0: self.tasks = {**self.tasks, "text": sum(self.tasks.get(name, 0) for name in ("text", "reading", "retelling")), "reading": 0, "retelling": 0}
         model = SceneVLM(world_words(self.world), vision.hidden_size, tuple(vision.grid), encoder_fingerprint=fingerprint(vision), **self.part.model)
         self.tokenizer, self.places = model.tokenizer, "<image> " * model.num_image_tokens
+        if not torch.cuda.is_available(): model.language_model.set_attn_implementation("eager") # see `vugen.models.layers.attend`
         return model.attach(vision)
 
     def rows(self, indices):
