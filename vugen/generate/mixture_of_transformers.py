@@ -17,10 +17,11 @@ from ..errors import UserError
 from ..models.layers import attend, sincos_2d, timestep_embedding
 
 # %% auto #0
-__all__ = ['text_decoder', 'rotate', 'PromptCache', 'prompt_cache', 'normed', 'project_heads', 'joint_attention', 'joint_mask',
-           'tower_layer', 'ImageTower', 'TimeEmbedding', 'MixtureOfTransformers', 'flops_per_token']
+__all__ = ['text_decoder', 'check_layer', 'rotate', 'PromptCache', 'rotary_size', 'prompt_cache', 'normed', 'project_heads',
+           'joint_attention', 'joint_mask', 'tower_layer', 'ImageTower', 'TimeEmbedding', 'MixtureOfTransformers',
+           'flops_per_token']
 
-# %% ../../nbs/generate/mixture_of_transformers.ipynb #dde3f842
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #1952caaf
 _PLACES = ("", "model", "language_model", "model.language_model", "model.text_model", "language_model.model")
 _PARTS = ("layers", "norm", "rotary_emb", "embed_tokens")
 
@@ -36,7 +37,23 @@ def text_decoder(
     for path in _PLACES:
         found = _reach(model, path)
         if found is not None and all(hasattr(found, part) for part in _PARTS): return found
-    raise UserError(f"{type(model).__name__} has no Llama-style decoder ({', '.join(_PARTS)}): give a model of the Llama, Mistral or Qwen2 family.")
+    raise UserError(f"{type(model).__name__} has no Llama-style decoder ({', '.join(_PARTS)}): give a model of the Llama, Mistral, Qwen2 or Qwen3 family.")
+
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #638bf642
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+def check_layer(
+    layer: nn.Module, # a decoder layer
+) -> nn.Module: # the same layer
+    "Refuse a layer that `tower_layer` would not compute as its own model does"
+    family = "give a model of the Llama, Mistral, Qwen2 or Qwen3 family."
+    if odd := sorted(_LAYER_PARTS ^ {name for name, _ in layer.named_children()}): raise UserError(f"{type(layer).__name__} is no Llama-style layer ({', '.join(odd)} missing or unknown): {family}")
+    attention = layer.self_attn
+    norms = [getattr(attention, name).weight.numel() for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    if not all(hasattr(attention, name) for name in _PROJECTIONS) or any(size != attention.head_dim for size in norms):
+        raise UserError(f"{type(attention).__name__} is no Llama-style attention ({', '.join(_PROJECTIONS)}, norms of one head): {family}")
+    return layer
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #8227b667
 def rotate(
@@ -69,7 +86,14 @@ class PromptCache:
         "The same cache on another device"
         return PromptCache([key.to(device) for key in self.keys], [value.to(device) for value in self.values], self.mask.to(device))
 
-# %% ../../nbs/generate/mixture_of_transformers.ipynb #58184d8a
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #5897b9ea
+def rotary_size(
+    decoder: nn.Module, # see `text_decoder`
+) -> float: # 1 for a pure rotation
+    "The factor by which a decoder's rotary embedding stretches queries and keys"
+    return float(getattr(decoder.rotary_emb, "attention_scaling", 1.0))
+
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #b1e0b13f
 @torch.no_grad()
 def prompt_cache(
     decoder: nn.Module, # see `text_decoder`
@@ -77,11 +101,12 @@ def prompt_cache(
     mask: torch.Tensor, # [B, L], True where a token is real
 ) -> PromptCache:
     "Run the frozen text tower once and keep its keys and values of every layer"
-    if getattr(decoder.rotary_emb, "attention_scaling", 1.0) != 1.0: raise UserError("a decoder whose rotary embedding rescales attention (YaRN) is not supported: use one with plain rotary positions.")
     seen = decoder(input_ids=ids, attention_mask=mask.long(), use_cache=True).past_key_values
     back = -mask.sum(1, keepdim=True)
     layers = [seen.layers[index] for index in range(len(decoder.layers))]
-    return PromptCache([rotate(layer.keys, decoder.rotary_emb, back) for layer in layers], [layer.values for layer in layers], mask.bool())
+    if any(layer.keys.shape[2] != ids.shape[1] for layer in layers): raise UserError(f"a prompt of {ids.shape[1]} tokens is longer than the sliding window of this decoder: shorten it.")
+    size = rotary_size(decoder) ** 2 # once from the decoder, once from turning back; `ImageTower` puts both into its scores
+    return PromptCache([rotate(layer.keys, decoder.rotary_emb, back) / size for layer in layers], [layer.values for layer in layers], mask.bool())
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #5d0f4ca8
 def normed(
@@ -92,14 +117,16 @@ def normed(
     if not hasattr(norm, "variance_epsilon"): return norm(hidden)
     return F.rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.variance_epsilon)
 
-# %% ../../nbs/generate/mixture_of_transformers.ipynb #f525f3d2
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #37a52e7b
 def project_heads(
     attention: nn.Module, # `self_attn` of a decoder layer
     hidden: torch.Tensor, # [B, N, H]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # query [B, heads, N, head_dim]; key and value [B, kv_heads, N, head_dim]
     "Queries, keys and values before any rotation"
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return tuple(linear(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for linear in projections)
+    query, key, value = (linear(hidden).unflatten(-1, (-1, attention.head_dim)) for linear in projections)
+    if hasattr(attention, "q_norm"): query, key = normed(attention.q_norm, query), normed(attention.k_norm, key)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #615f54d2
 def joint_attention(
@@ -138,15 +165,17 @@ def tower_layer(
     hidden = hidden + joint_attention(layer.self_attn, normed(layer.input_layernorm, hidden), prompt_keys, prompt_values, mask)
     return hidden + layer.mlp(normed(layer.post_attention_layernorm, hidden))
 
-# %% ../../nbs/generate/mixture_of_transformers.ipynb #f7a8fc33
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #1937c328
 class ImageTower(nn.Module):
     "A trainable copy of a decoder's layers and final norm"
     def __init__(self,
         decoder: nn.Module, # the frozen text tower, see `text_decoder`
     ):
         super().__init__()
-        self.layers = copy.deepcopy(decoder.layers).requires_grad_(True)
-        self.norm = copy.deepcopy(decoder.norm).requires_grad_(True)
+        for layer in decoder.layers: check_layer(layer)
+        self.layers = copy.deepcopy(decoder.layers).float().requires_grad_(True) # trained in full precision, whatever the frozen tower is kept in
+        self.norm = copy.deepcopy(decoder.norm).float().requires_grad_(True)
+        for layer in self.layers: layer.self_attn.scaling *= rotary_size(decoder) ** 2
 
     def forward(self,
         hidden: torch.Tensor, # [B, N, H]
