@@ -166,7 +166,7 @@ TINY = {
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=4000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=200, log_every=20),
-        options=dict(evaluation=500, questions=4, tasks=dict(caption=0.25, question=0.35, text=0.05, reading=0.2, retelling=0.15))),
+        options=dict(evaluation=500, questions=4, curriculum=2000, lookups=0.4, tasks=dict(caption=0.25, question=0.35, text=0.05, reading=0.2, retelling=0.15))),
     "generator": StagePreset(
         model=dict(position_scale=0.3, shift=3.0, guidance_scale=2.0, num_inference_steps=50),
         recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.998, checkpoint_every=100, log_every=20),
