@@ -21,10 +21,10 @@ from ..models.layers import count_parameters
 from ..models.seams import Patches, VisionEncoder
 
 # %% auto #0
-__all__ = ['ADAPTERS', 'STATISTICS', 'TEMPLATES', 'SPECIAL', 'UnderstandingModel', 'PatchEncoder', 'start_token', 'pad_right',
-           'VLMAdapter', 'chat_text', 'prompt_ids', 'encode', 'logits', 'PerceptionLMAdapter', 'fixed_size',
-           'LlavaAdapter', 'window_order', 'cell_patches', 'QwenVLAdapter', 'load_vlm', 'load_tokenizer',
-           'load_adapter', 'miniature_tokenizer', 'save_miniature', 'adapter_sizes']
+__all__ = ['TEMPLATES', 'SPECIAL', 'ADAPTERS', 'STATISTICS', 'UnderstandingModel', 'PatchEncoder', 'start_token', 'pad_right',
+           'miniature_tokenizer', 'save_miniature', 'load_vlm', 'load_tokenizer', 'VLMAdapter', 'PerceptionLMAdapter',
+           'fixed_size', 'chat_text', 'prompt_ids', 'encode', 'logits', 'LlavaAdapter', 'window_order', 'cell_patches',
+           'QwenVLAdapter', 'load_adapter', 'adapter_sizes']
 
 # %% ../../nbs/generate/adapters.ipynb #5ff17c4a
 @runtime_checkable
@@ -89,7 +89,110 @@ def pad_right(
     ids = torch.tensor([row + [filler] * (int(lengths.max()) - len(row)) for row in rows])
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
-# %% ../../nbs/generate/adapters.ipynb #bf9eabde
+# %% ../../nbs/generate/adapters.ipynb #9d972b97
+TEMPLATES = {
+    "perception_lm": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>",
+    "llava": "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:",
+    "qwen2_5_vl": "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}<|im_start|>assistant ",
+}
+SPECIAL = {
+    "perception_lm": ("<|begin_of_text|>", "<|eot_id|>", "<|image|>", "<|video|>", "<|start_header_id|>", "<|end_header_id|>"),
+    "llava": ("<s>", "</s>", "<image>"),
+    "qwen2_5_vl": ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"),
+}
+
+def miniature_tokenizer(
+    family: str, # perception_lm, llava or qwen2_5_vl
+):
+    "A byte-level BPE over a few captions, with the family's special tokens (start, end, image first)"
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIAL[family]), show_progress=False)
+    backend.train_from_iterator(["a red circle left of a blue square", "This is an image of a green star above a heart."], trainer)
+    start = {} if family == "qwen2_5_vl" else dict(bos_token=SPECIAL[family][0]) # Qwen's tokenizer names no start token
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[family][1], chat_template=TEMPLATES[family], **start)
+
+# %% ../../nbs/generate/adapters.ipynb #a05594a1
+def _text_config(special):
+    "The decoder's sizes, alike in all families"
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=352, max_position_embeddings=256, initializer_range=.2)
+    return dict(sizes, bos_token_id=special[0], eos_token_id=special[1], pad_token_id=None)
+
+def _perception_config(text, token):
+    from transformers import PerceptionLMConfig
+    vision = dict(model_type="clip_vision_model", hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, initializer_range=.2, model_args=dict(embed_dim=24))
+    return PerceptionLMConfig(vision_config=vision, text_config=dict(text, model_type="llama", tie_word_embeddings=True), vision_use_cls_token=True, projector_pooling_ratio=2, image_token_id=token("<|image|>"), video_token_id=token("<|video|>"), tie_word_embeddings=True)
+
+def _llava_config(text, token):
+    from transformers import LlavaConfig
+    vision = dict(model_type="clip_vision_model", hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8, initializer_range=.2)
+    return LlavaConfig(vision_config=vision, text_config=dict(text, model_type="llama"), image_token_index=token("<image>"), image_seq_length=16)
+
+def _qwen_config(text, token):
+    from transformers import Qwen2_5_VLConfig
+    vision = dict(hidden_size=32, intermediate_size=48, depth=3, num_heads=2, patch_size=4, window_size=16, fullatt_block_indexes=[1], out_hidden_size=32, initializer_range=.2)
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    return Qwen2_5_VLConfig(vision_config=vision, text_config=dict(text, rope_parameters=rope), **{key: token(name) for key, name in names.items()})
+
+_CONFIGS = {"perception_lm": _perception_config, "llava": _llava_config, "qwen2_5_vl": _qwen_config}
+
+# %% ../../nbs/generate/adapters.ipynb #d036fa8e
+def _preprocessor(family):
+    "The file of pixel statistics that a real checkpoint of this family carries"
+    mean, std = ([.5] * 3, [.5] * 3) if family == "perception_lm" else ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
+    sizes = {"perception_lm": dict(tile_size=32, max_num_tiles=36, vision_input_type="thumb+tile"), "llava": dict(crop_size=dict(height=32, width=32), size=dict(shortest_edge=32)),
+             "qwen2_5_vl": dict(size=dict(shortest_edge=64, longest_edge=1024), patch_size=4, merge_size=2, temporal_patch_size=2)}
+    return dict(image_mean=mean, image_std=std, resample=3, **sizes[family])
+
+def save_miniature(
+    family: str, # perception_lm, llava or qwen2_5_vl
+    folder: str | Path, # made if needed
+    seed: int = 0, # of the weights
+) -> Path:
+    "Write an untrained model of a few ten thousand parameters in the family's real format, to try an adapter or a training run without a download"
+    from transformers import AutoModelForImageTextToText
+    if family not in _CONFIGS: raise UserError(f"there is no miniature of {family}: choose one of {', '.join(_CONFIGS)}.")
+    tokenizer = miniature_tokenizer(family)
+    config = _CONFIGS[family](_text_config(tokenizer.convert_tokens_to_ids(SPECIAL[family][:2])), tokenizer.convert_tokens_to_ids)
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(seed)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(_preprocessor(family), indent=1) + "\n", encoding="utf-8")
+    return Path(folder)
+
+# %% ../../nbs/generate/adapters.ipynb #c0ede952
+def load_vlm(
+    folder: str | Path, # in transformers' format
+    dtype: torch.dtype = torch.float32, # of the frozen weights
+) -> nn.Module: # in evaluation mode
+    "Load a vision–language model strictly: missing, truncated or foreign weights are a `UserError`"
+    from transformers import AutoModelForImageTextToText
+    try:
+        with quiet_transformers(): model, report = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype)
+    except ImportError as error: raise UserError(f"{folder} needs a package that is not installed (PerceptionLM's encoder comes from timm): pip install timm torchvision.") from error
+    except Exception as error: raise UserError(f"{folder} has no readable safetensors weights for its config.json ({type(error).__name__}): copy the checkpoint again.") from error
+    lost = sorted(map(str, {*report["missing_keys"], *report.get("mismatched_keys", ())}))
+    if lost: raise UserError(f"{folder} lacks weights that its config.json asks for (first: {lost[0]}): copy the checkpoint again.")
+    return model.eval()
+
+def load_tokenizer(
+    folder: str | Path, # in transformers' format
+):
+    "The tokenizer of a checkpoint, with the chat template that older folders keep beside it"
+    from transformers import AutoTokenizer
+    if not any((Path(folder) / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")): raise UserError(f"{folder} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the checkpoint beside its weights.")
+    try:
+        with quiet_transformers(): tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error: raise UserError(f"{folder} has no readable tokenizer ({type(error).__name__}): copy tokenizer.json and tokenizer_config.json of the checkpoint again.") from error
+    beside = Path(folder) / "chat_template.json"
+    if not tokenizer.chat_template and beside.is_file(): tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
+    return tokenizer
+
+# %% ../../nbs/generate/adapters.ipynb #727121ec
 class VLMAdapter(nn.Module):
     "A frozen vision–language model of `transformers` as an `UnderstandingModel`; made by `load_adapter`"
     family = "" # transformers' model_type
@@ -108,6 +211,8 @@ class VLMAdapter(nn.Module):
         self.model, self.tokenizer, self.preprocessing = model.eval().requires_grad_(False), tokenizer, preprocessing
         self.image_size, self.chat, self.name = image_size, chat, name or self.family
         self.start_id, self.image_id = start_token(tokenizer, model.config), model.config.image_token_id
+        if len(tokenizer) <= self.image_id: raise UserError(f"the tokenizer of {self.name} has {len(tokenizer)} tokens and not the image token {self.image_id}: copy tokenizer.json of the checkpoint again.")
+        self.eval()
 
     def train(self, mode=True): return super().train(False) # frozen, always
 
@@ -137,6 +242,32 @@ class VLMAdapter(nn.Module):
     # see the functions of the same names below
     def encode(self, texts, seen=False): return encode(self, texts, seen)
     def logits(self, images, ids, mask=None): return logits(self, images, ids, mask)
+
+# %% ../../nbs/generate/adapters.ipynb #f904faeb
+class PerceptionLMAdapter(VLMAdapter):
+    "`PerceptionLMForConditionalGeneration`: tokens of the Perception Encoder before projection and pooling, the class token left out"
+    family = "perception_lm"
+
+    def sizes(self):
+        config, patches = self.config.vision_config, getattr(getattr(self.tower, "timm_model", None), "patch_embed", None)
+        side, patch = (config.image_size, config.patch_size) if patches is None else (patches.img_size[0], patches.patch_size[0])
+        return fixed_size(side, self.image_size), patch, config.model_args["embed_dim"]
+
+    def read(self, pixels):
+        tokens = self.tower(pixels).last_hidden_state
+        return tokens[:, 1:] if self.config.vision_use_cls_token else tokens
+
+    @property
+    def num_image_tokens(self): return (self.vision.grid[0] // self.config.projector_pooling_ratio) ** 2
+    def image_inputs(self, pixels, ids): return dict(pixel_values=pixels[:, None])
+
+def fixed_size(
+    own: int, # side in pixels that the tower was trained at
+    wanted: int | None, # side asked for
+) -> int:
+    "The side of pictures for a tower whose positions fit one size alone"
+    if wanted not in (None, own): raise UserError(f"this model reads pictures of {own} pixels and of no other size: leave image_size out.")
+    return own
 
 # %% ../../nbs/generate/adapters.ipynb #a0524e02
 def chat_text(
@@ -188,32 +319,6 @@ def logits(
         ids, mask = torch.cat([ids[:, :1], places, ids[:, 1:]], 1), torch.cat([mask[:, :1], places > -1, mask[:, 1:]], 1)
     inputs = adapter.image_inputs(adapter.vision.preprocess(images), ids)
     return adapter.model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **inputs).logits[:, added:]
-
-# %% ../../nbs/generate/adapters.ipynb #f904faeb
-class PerceptionLMAdapter(VLMAdapter):
-    "`PerceptionLMForConditionalGeneration`: tokens of the Perception Encoder before projection and pooling, the class token left out"
-    family = "perception_lm"
-
-    def sizes(self):
-        config, patches = self.config.vision_config, getattr(getattr(self.tower, "timm_model", None), "patch_embed", None)
-        side, patch = (config.image_size, config.patch_size) if patches is None else (patches.img_size[0], patches.patch_size[0])
-        return fixed_size(side, self.image_size), patch, config.model_args["embed_dim"]
-
-    def read(self, pixels):
-        tokens = self.tower(pixels).last_hidden_state
-        return tokens[:, 1:] if self.config.vision_use_cls_token else tokens
-
-    @property
-    def num_image_tokens(self): return (self.vision.grid[0] // self.config.projector_pooling_ratio) ** 2
-    def image_inputs(self, pixels, ids): return dict(pixel_values=pixels[:, None])
-
-def fixed_size(
-    own: int, # side in pixels that the tower was trained at
-    wanted: int | None, # side asked for
-) -> int:
-    "The side of pictures for a tower whose positions fit one size alone"
-    if wanted not in (None, own): raise UserError(f"this model reads pictures of {own} pixels and of no other size: leave image_size out.")
-    return own
 
 # %% ../../nbs/generate/adapters.ipynb #90342638
 class LlavaAdapter(VLMAdapter):
@@ -294,36 +399,8 @@ class QwenVLAdapter(VLMAdapter):
     def image_inputs(self, pixels, ids):
         return dict(pixel_values=self.patches(pixels), image_grid_thw=self.grid_thw(len(pixels)), mm_token_type_ids=(ids == self.image_id).int())
 
-# %% ../../nbs/generate/adapters.ipynb #44565148
+# %% ../../nbs/generate/adapters.ipynb #4bf3350a
 ADAPTERS = {adapter.family: adapter for adapter in (PerceptionLMAdapter, LlavaAdapter, QwenVLAdapter)}
-
-def load_vlm(
-    folder: str | Path, # in transformers' format
-    dtype: torch.dtype = torch.float32, # of the frozen weights
-) -> nn.Module: # in evaluation mode
-    "Load a vision–language model strictly: missing, truncated or foreign weights are a `UserError`"
-    from transformers import AutoModelForImageTextToText
-    try:
-        with quiet_transformers(): model, report = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype)
-    except ImportError as error: raise UserError(f"{folder} needs a package that is not installed (PerceptionLM's encoder comes from timm): pip install timm torchvision.") from error
-    except Exception as error: raise UserError(f"{folder} has no readable safetensors weights for its config.json ({type(error).__name__}): copy the checkpoint again.") from error
-    lost = sorted(map(str, {*report["missing_keys"], *report.get("mismatched_keys", ())}))
-    if lost: raise UserError(f"{folder} lacks weights that its config.json asks for (first: {lost[0]}): copy the checkpoint again.")
-    return model.eval()
-
-def load_tokenizer(
-    folder: str | Path, # in transformers' format
-):
-    "The tokenizer of a checkpoint, with the chat template that older folders keep beside it"
-    from transformers import AutoTokenizer
-    try:
-        with quiet_transformers(): tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error: raise UserError(f"{folder} has no readable tokenizer ({type(error).__name__}): copy tokenizer.json and tokenizer_config.json of the checkpoint again.") from error
-    beside = Path(folder) / "chat_template.json"
-    if not tokenizer.chat_template and beside.is_file(): tokenizer.chat_template = json.loads(beside.read_text(encoding="utf-8"))["chat_template"]
-    return tokenizer
-
-# %% ../../nbs/generate/adapters.ipynb #2c586594
 STATISTICS = {"perception_lm": "siglip", "qwen2_5_vl": "clip"} # whose pixel statistics a family uses where its folder does not say
 
 def load_adapter(
@@ -341,81 +418,6 @@ def load_adapter(
     if family not in ADAPTERS: raise UserError(f"{name} holds a {family} model, for which there is no adapter: give a SceneVLM or a model of type {', '.join(ADAPTERS)}.")
     statistics = STATISTICS.get(family) or family_of(config.get("vision_config", {}).get("model_type", "clip"))
     return ADAPTERS[family](load_vlm(folder, dtype), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
-
-# %% ../../nbs/generate/adapters.ipynb #6d11cd9a
-TEMPLATES = {
-    "perception_lm": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>",
-    "llava": "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:",
-    "qwen2_5_vl": "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}<|im_start|>assistant ",
-}
-SPECIAL = {
-    "perception_lm": ("<|begin_of_text|>", "<|eot_id|>", "<|image|>", "<|video|>", "<|start_header_id|>", "<|end_header_id|>"),
-    "llava": ("<s>", "</s>", "<image>"),
-    "qwen2_5_vl": ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"),
-}
-
-def miniature_tokenizer(
-    family: str, # a key of `ADAPTERS`
-):
-    "A byte-level BPE over a few captions, with the family's special tokens (start, end, image first)"
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIAL[family]), show_progress=False)
-    backend.train_from_iterator(["a red circle left of a blue square", "This is an image of a green star above a heart."], trainer)
-    start = {} if family == "qwen2_5_vl" else dict(bos_token=SPECIAL[family][0]) # Qwen's tokenizer names no start token
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[family][1], chat_template=TEMPLATES[family], **start)
-
-# %% ../../nbs/generate/adapters.ipynb #9b854fa5
-def _text_config(family, special):
-    "The decoder's sizes, alike in all families"
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=352, max_position_embeddings=256, initializer_range=.2)
-    return dict(sizes, bos_token_id=special[0], eos_token_id=special[1], pad_token_id=None)
-
-def _perception_config(text, token):
-    from transformers import PerceptionLMConfig
-    vision = dict(model_type="clip_vision_model", hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4, initializer_range=.2, model_args=dict(embed_dim=24))
-    return PerceptionLMConfig(vision_config=vision, text_config=dict(text, model_type="llama", tie_word_embeddings=True), vision_use_cls_token=True, projector_pooling_ratio=2, image_token_id=token("<|image|>"), video_token_id=token("<|video|>"), tie_word_embeddings=True)
-
-def _llava_config(text, token):
-    from transformers import LlavaConfig
-    vision = dict(model_type="clip_vision_model", hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=8, initializer_range=.2)
-    return LlavaConfig(vision_config=vision, text_config=dict(text, model_type="llama"), image_token_index=token("<image>"), image_seq_length=16)
-
-def _qwen_config(text, token):
-    from transformers import Qwen2_5_VLConfig
-    vision = dict(hidden_size=32, intermediate_size=48, depth=3, num_heads=2, patch_size=4, window_size=16, fullatt_block_indexes=[1], out_hidden_size=32, initializer_range=.2)
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])
-    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return Qwen2_5_VLConfig(vision_config=vision, text_config=dict(text, rope_parameters=rope), **{key: token(name) for key, name in names.items()})
-
-_CONFIGS = {"perception_lm": _perception_config, "llava": _llava_config, "qwen2_5_vl": _qwen_config}
-
-# %% ../../nbs/generate/adapters.ipynb #b80284d2
-def _preprocessor(family):
-    "The file of pixel statistics that a real checkpoint of this family carries"
-    mean, std = ([.5] * 3, [.5] * 3) if family == "perception_lm" else ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
-    sizes = {"perception_lm": dict(tile_size=32, max_num_tiles=36, vision_input_type="thumb+tile"), "llava": dict(crop_size=dict(height=32, width=32), size=dict(shortest_edge=32)),
-             "qwen2_5_vl": dict(size=dict(shortest_edge=64, longest_edge=1024), patch_size=4, merge_size=2, temporal_patch_size=2)}
-    return dict(image_mean=mean, image_std=std, resample=3, **sizes[family])
-
-def save_miniature(
-    family: str, # perception_lm, llava or qwen2_5_vl
-    folder: str | Path, # made if needed
-    seed: int = 0, # of the weights
-) -> Path:
-    "Write an untrained model of a few ten thousand parameters in the family's real format, to try an adapter or a training run without a download"
-    from transformers import AutoModelForImageTextToText
-    if family not in _CONFIGS: raise UserError(f"there is no miniature of {family}: choose one of {', '.join(_CONFIGS)}.")
-    tokenizer = miniature_tokenizer(family)
-    config = _CONFIGS[family](_text_config(family, tokenizer.convert_tokens_to_ids(SPECIAL[family][:2])), tokenizer.convert_tokens_to_ids)
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
-        torch.manual_seed(seed)
-        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(_preprocessor(family), indent=1) + "\n", encoding="utf-8")
-    return Path(folder)
 
 # %% ../../nbs/generate/adapters.ipynb #a885c5e9
 def adapter_sizes(
