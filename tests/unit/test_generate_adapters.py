@@ -438,3 +438,21 @@ def test_perception_lm_without_timm_says_what_to_install(root, tmp_path, monkeyp
     def missing(*arguments, **options): raise ImportError("TimmWrapperModel requires the timm library")
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", missing)
     with pytest.raises(UserError, match="pip install timm"): load_adapter(root / "perception_lm")
+
+
+def test_perception_lm_with_its_own_encoder(tmp_path):
+    "The Perception Encoder itself, from timm; elsewhere CLIP's transformer stands in for it"
+    pytest.importorskip("timm", reason="timm and torchvision are not installed, so no Perception Encoder can be built", exc_type=ImportError)
+    from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
+    save_miniature("perception_lm", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    sizes = dict(embed_dim=32, depth=2, num_heads=2, img_size=[56, 56], global_pool="", use_post_transformer_norm=False, init_values=0.1, ref_feat_shape=[4, 4])
+    config["vision_config"] = dict(model_type="timm_wrapper", architecture="vit_pe_lang_large_patch14_448", num_classes=0, label_names=[], do_pooling=False, global_pool="map", model_args=sizes)
+    PerceptionLMForConditionalGeneration(PerceptionLMConfig(**config)).save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    tokens, pixels = adapter.vision(IMAGES).tokens, adapter.vision.preprocess(IMAGES)
+    assert adapter.vision.grid == (4, 4) and adapter.vision.patch_size == 14 and adapter.num_image_tokens == 4
+    assert torch.equal(adapter.tower(pixels).last_hidden_state[:, 1:], tokens)  # the class token left out
+    features = adapter.model.model.get_image_features(pixel_values=pixels[:, None]).pooler_output
+    assert torch.allclose(adapter.model.model.multi_modal_projector(tokens), features, atol=1e-5)
+    assert adapter.logits(IMAGES, *adapter.encode(PROMPTS)).shape[2] == 352
