@@ -18,8 +18,8 @@ from ..models.text import WordTokenizer
 
 # %% auto #0
 __all__ = ['QUESTION_KINDS', 'NUMBERS', 'QUESTION_WORDS', 'IMAGE_TOKEN', 'phrase', 'with_article', 'question', 'world_words',
-           'Projector', 'spread_attention_biases', 'make_language_model', 'SceneVLM', 'load_vision',
-           'caption_log_likelihood', 'complete', 'generate_caption', 'answer', 'yes_probability']
+           'Projector', 'make_language_model', 'SceneVLM', 'load_vision', 'caption_log_likelihood', 'complete',
+           'generate_caption', 'answer', 'yes_probability']
 
 # %% ../../nbs/generate/vlm.ipynb #3431c5ab
 QUESTION_KINDS = ("color", "shape", "relation", "existence", "count")
@@ -137,15 +137,6 @@ class Projector(nn.Module):
         return F.avg_pool2d(feature_map, self.pool).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/generate/vlm.ipynb #03f19b64
-def spread_attention_biases(
-    model: nn.Module, # a `transformers` model with biases in its attention
-    std: float, # of the biases of queries and keys
-) -> nn.Module: # the same model
-    "Give every head a taste for certain distances from the start: with rotary positions, query and key biases score a distance whatever the words"
-    for name, bias in model.named_parameters():
-        if name.endswith(("q_proj.bias", "k_proj.bias")): nn.init.normal_(bias, std=std)
-    return model
-
 def make_language_model(
     vocab_size: int, # entries of the tokenizer
     hidden_size: int = 128, # H
@@ -153,13 +144,12 @@ def make_language_model(
     num_heads: int = 4, # attention heads
     intermediate_size: int = 384, # inner width of the feed-forward part
     context_length: int = 256, # longest sequence, image tokens included
-    bias_std: float = 2.0, # of query and key biases at the start, see `spread_attention_biases`
 ) -> nn.Module:
-    "An untrained `transformers.LlamaForCausalLM` with tied embeddings and biases in its attention (as Qwen2 has)"
+    "An untrained `transformers.LlamaForCausalLM` with tied embeddings"
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads,
-                         max_position_embeddings=context_length, tie_word_embeddings=True, attention_bias=True, initializer_range=.05, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
-    return spread_attention_biases(LlamaForCausalLM(config), bias_std)
+                         max_position_embeddings=context_length, tie_word_embeddings=True, initializer_range=.05, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
+    return LlamaForCausalLM(config)
 
 # %% ../../nbs/generate/vlm.ipynb #a63906dc
 IMAGE_TOKEN = "<image>"

@@ -68,11 +68,16 @@ class GeneratorStage:
         images = scene_batch(self.world, self.seed, indices)["images"]
         return self.model.encode_images(images).float().cpu()
 
+    def wording(self, index):
+        "The world in whose words a sample is told: plain ones for the first steps, then a share in free wording"
+        plain = index < self.options.get("plain_steps", 0) * self.part.recipe.batch_size
+        return dataclasses.replace(self.world, paraphrase=0.0 if plain else self.options.get("paraphrase", self.world.paraphrase))
+
     def prompts(self, indices):
         "Captions of the samples; a share is left empty, for guidance"
         scenes = sample_scenes(self.world, self.seed, [index % self.pool.size for index in indices])
         silent = uniforms(self.seed, indices, [0], stream=13)[:, 0] < self.options.get("prompt_dropout", .1)
-        return ["" if empty else told for empty, told in zip(silent, captions(scenes, self.world, self.seed, indices))]
+        return ["" if empty else told for empty, told in zip(silent, captions(scenes, self.wording(indices[0]), self.seed, indices))]
 
     def batch(self, indices):
         ids, mask = self.model.vlm.tokenizer.encode(self.prompts(indices), eos=False)

@@ -165,12 +165,12 @@ TINY = {
     "decoder-pca": StagePreset(**_PIXELS),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
-        recipe=Recipe(steps=4000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.995, checkpoint_every=200, log_every=20),
-        options=dict(evaluation=500, questions=4, curriculum=2000, lookups=0.4, tasks=dict(caption=0.25, question=0.35, text=0.05, reading=0.2, retelling=0.15))),
+        recipe=Recipe(steps=2300, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
+        options=dict(evaluation=500, tasks=dict(caption=0.3, question=0.4, text=0.05, reading=0.25))),
     "generator": StagePreset(
-        model=dict(position_scale=0.3, shift=3.0, guidance_scale=2.0, num_inference_steps=50),
-        recipe=Recipe(steps=3000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.998, checkpoint_every=100, log_every=20),
-        options=dict(prompt_dropout=0.1, time="logit-normal", pool=40_000, pool_block=200, evaluation=500)),
+        model=dict(position_scale=1.0, shift=3.0, guidance_scale=2.0, num_inference_steps=50),
+        recipe=Recipe(steps=10_000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.999, checkpoint_every=200, log_every=20),
+        options=dict(prompt_dropout=0.1, plain_steps=6000, paraphrase=0.5, time="logit-normal", pool=40_000, pool_block=200, evaluation=500)),
     "lit": StagePreset(
         model=dict(projection_dim=256, image_size=128, regions=1),
         recipe=Recipe(steps=250, batch_size=256, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, schedule="cosine", checkpoint_every=250),

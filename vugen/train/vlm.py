@@ -20,20 +20,11 @@ from ..models.saving import fingerprint
 from .loop import stage_main
 
 # %% auto #0
-__all__ = ['TASKS', 'FIRST_TASKS', 'LOOKUPS', 'PAIR_KINDS', 'blend', 'pick_task', 'ask', 'make_row', 'label_ids', 'row_loss',
-           'VLMStage', 'held_out', 'row_of', 'question_rows', 'caption_rows', 'pair_rows', 'evaluate_vlm', 'main']
+__all__ = ['TASKS', 'PAIR_KINDS', 'pick_task', 'ask', 'make_row', 'label_ids', 'row_loss', 'VLMStage', 'held_out', 'row_of',
+           'question_rows', 'caption_rows', 'pair_rows', 'evaluate_vlm', 'main']
 
 # %% ../../nbs/train/vlm.ipynb #54bc314f
 TASKS = {"caption": .3, "question": .3, "text": .05, "reading": .2, "retelling": .15} # shares of the stream
-FIRST_TASKS = {"caption": .05, "question": .25, "text": .02, "reading": .6, "retelling": .08} # and at its beginning, where there is a curriculum
-
-def blend(
-    first: dict, # task → share
-    last: dict, # task → share
-    progress: float, # from 0, all `first`, to 1, all `last`
-) -> dict: # task → share
-    "Shares on the way from one mixture to another"
-    return {name: (1 - progress) * first.get(name, 0) / sum(first.values()) + progress * part / sum(last.values()) for name, part in last.items()}
 
 def pick_task(
     tasks: dict, # task → share
@@ -47,23 +38,15 @@ def pick_task(
     return name
 
 # %% ../../nbs/train/vlm.ipynb #f22bfc74
-LOOKUPS = ("color", "shape") # kinds of questions that need one fact only
-
-def _pick_kind(share): return LOOKUPS[int(share * len(LOOKUPS))]
-
 def ask(
     scene, # `vugen.data.scenes.Scene`
     seed: int,
     index: int, # of the sample
     number: int = 4, # questions
     world: World | None = None, # see `question`
-    lookups: float = 0.0, # share of questions that are of a kind in `LOOKUPS`, if they can be asked
 ) -> list[str]: # question, answer, question, answer, …
     "Several questions about one scene, with a full stop before each but the first"
-    draws = uniforms(seed, [index], range(number), stream=17)[0]
-    kinds = [_pick_kind(draw / lookups) if draw < lookups else None for draw in draws]
-    found = dict(question(scene, seed + 7919 * place, index, kind, world)[:2] for place, kind in enumerate(kinds) if kind is None or question(scene, seed + 7919 * place, index, kind, world))
-    if not found: found = dict([question(scene, seed, index, world=world)[:2]])
+    found = dict(question(scene, seed + 7919 * place, index, world=world)[:2] for place in range(number))
     pieces = [piece for pair in found.items() for piece in pair]
     return [f". {piece}" if place and place % 2 == 0 else piece for place, piece in enumerate(pieces)]
 
@@ -131,23 +114,14 @@ class VLMStage:
         if not torch.cuda.is_available(): model.language_model.set_attn_implementation("eager") # see `vugen.models.layers.attend`
         return model.attach(vision)
 
-    def progress(self, index):
-        "How far the curriculum has come at a sample: from 0, lookups in text above all, to 1, the whole mixture"
-        samples = self.options.get("curriculum", 0) * self.part.recipe.batch_size
-        return min(index / samples, 1.0) if samples else 1.0
-
-    def row(self, index, share, scene, told, retold):
-        "One sample as text, and whether its image is seen"
-        progress = self.progress(index)
-        asked = ask(scene, self.seed, index, self.options.get("questions", 1), self.world, self.options.get("lookups", 0.0) + (1 - progress) * (1 - self.options.get("lookups", 0.0)))
-        return make_row(pick_task(blend(FIRST_TASKS, self.tasks, progress), share), scene, told, retold, asked)
-
     def rows(self, indices):
         "The pieces of text of the samples, and the indices of those with an image"
         shares = uniforms(self.seed, indices, [0], stream=11)[:, 0]
         scenes = sample_scenes(self.world, self.seed, indices)
         told, retold = (captions(scenes, self.world, self.seed + other, indices) for other in (0, 1))
-        rows = [self.row(index, share, scene, one, two) for index, share, scene, one, two in zip(indices, shares, scenes, told, retold)]
+        number = self.options.get("questions", 1)
+        rows = [make_row(pick_task(self.tasks, share), scene, one, two, ask(scene, self.seed, index, number, self.world))
+                for index, share, scene, one, two in zip(indices, shares, scenes, told, retold)]
         return [([self.places * seen + row[0], *row[1:]], seen) for row, seen in rows]
 
     def batch(self, indices):
