@@ -160,6 +160,13 @@ def test_without_the_command_line(tmp_path, monkeypatch, capsys):
     assert len({row["case"] for row in found["rows"]}) == 4 + 1 and "not measured" in capsys.readouterr().out
 
 
+def test_what_is_measured_outlives_an_interruption(tmp_path, monkeypatch):
+    answers = iter([FOUND])
+    monkeypatch.setattr(bench, "in_child", lambda case, **options: next(answers))
+    with pytest.raises(StopIteration): main(["decoder", "--size", "smoke", "--batches", "1", "--steps", "1", "--variants", "plain", "bf16", "--device", "cpu", "--json", str(tmp_path / "rows.json")])
+    assert {row["variant"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]} == {"plain"}
+
+
 def test_both_readers_make_the_same():
     from vugen.lab.cli import read_verb
     words = ["generator", "--batches", "1", "8", "--variants", "bf16", "--compile-mode", "max-autotune", "--seconds", "2", "--threads", "3"]

@@ -410,7 +410,7 @@ def show_bench(rows: list):
         if row.get("note"): missing.setdefault(row["note"], []).append(f"{row['device']}: {row['case']}")
     for why, cases in missing.items(): print(f"\n{why[0].upper()}{why[1:]}."); print("\n".join(f"  {case}" for case in cases))
 
-# %% ../../nbs/lab/bench.ipynb #658a1358
+# %% ../../nbs/lab/bench.ipynb #6c903c89
 BENCHES = ("scenes", "decoder", "generator")
 GPU_SIZES = {"decoder": "M", "generator": "1B"}
 STEPS = {"decoder": (1, 8), "generator": (8,)}
@@ -437,9 +437,11 @@ class Bench:
         from vugen.lab.cli import Counter, pick_device, run_record, show_rows, write_json
         check_bench(self)
         device = "cpu" if self.name == "scenes" else pick_device(self.device)
-        rows = bench_rows(self, str(device), Counter()) if self.name != "scenes" else _scenes(self.seconds)
         run = run_record(command, device=device, **({"weights": self.weights, "threads": self.threads} if self.name != "scenes" else {}))
-        if self.json: write_json(self.json, {"device": run["hardware"], "run": run, "rows": rows})
+        save = lambda rows: write_json(self.json, {"device": run["hardware"], "run": run, "rows": rows})
+        early = save if self.json and str(self.json) != "-" else lambda rows: None
+        rows = bench_rows(self, str(device), Counter(), early) if self.name != "scenes" else _scenes(self.seconds)
+        if self.json: save(rows)
         if str(self.json) != "-": show_rows(rows) if self.name == "scenes" else show_bench(rows)
 
 
@@ -447,7 +449,7 @@ def _scenes(seconds):
     from vugen.data.scenes import bench_scenes
     return bench_scenes(seconds=seconds)
 
-# %% ../../nbs/lab/bench.ipynb #7353b991
+# %% ../../nbs/lab/bench.ipynb #de85c274
 MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 
 
@@ -465,7 +467,8 @@ def check_bench(verb: Bench):
 
 def bench_rows(verb: Bench,
                device: str = "cpu",
-               progress: Callable | None = None  # called with (what, done, of how many)
+               progress: Callable | None = None,  # called with (what, done, of how many)
+               save: Callable = lambda rows: None  # called with the rows so far: what is measured outlives an interruption
                ) -> list:
     "Measure every case of a table."
     size = verb.size or (GPU_SIZES[verb.name] if device.startswith("cuda") else "tiny")
@@ -473,8 +476,10 @@ def bench_rows(verb: Bench,
     elif not preset_sizes(size) and size != "1B": raise UserError(f"There is no generator of size {size!r}: choose tiny, small or 1B.")
     cases = plan(verb.name, size, verb.batches, verb.steps or STEPS[verb.name], verb.variants or VARIANTS[verb.name])
     options, rows = dict(device=device, seconds=verb.seconds, weights=verb.weights, root=verb.root, compile_mode=verb.compile_mode, threads=verb.threads, limit=verb.limit), []
+    if progress: progress(f"bench {verb.name}", 0, len(cases))
     for number, case in enumerate(cases, 1):
         rows += rows_of(case, in_child(case, **options), device)
+        save(rows)
         if progress: progress(f"bench {verb.name}", number, len(cases))
     return rows if device.startswith("cuda") else rows + rows_of(_gpu_case(verb.name), {"reason": "no GPU was used here"}, "cuda")
 

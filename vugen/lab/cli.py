@@ -212,7 +212,7 @@ def sampling_of(verb, model):  # Generate, TextToImage
     def own(value, name): return getattr(model, name) if value is None else value
     return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": verb.decoder_steps}
 
-# %% ../../nbs/lab/cli.ipynb #ba64d4b3
+# %% ../../nbs/lab/cli.ipynb #e812aef2
 CHUNK = 32  # pictures drawn at a time
 
 
@@ -220,6 +220,7 @@ def draw_chunks(model, prompts, seed, progress, **options):  # TextToImage; one 
     "Pictures [B, 3, H, W] of the prompts, on the CPU; progress is told where there is more than one chunk."
     import torch
     parts = []
+    if len(prompts) > CHUNK: progress("generate", 0, len(prompts))
     for number, start in enumerate(range(0, len(prompts), CHUNK)):
         parts.append(model.images(prompts[start:start + CHUNK], seed=seed + number * (LARGEST_SEED + 1), **options).cpu())
         if len(prompts) > CHUNK: progress("generate", min(start + CHUNK, len(prompts)), len(prompts))
@@ -400,7 +401,7 @@ class Bind:
         found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter())
         report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
 
-# %% ../../nbs/lab/cli.ipynb #98e748e7
+# %% ../../nbs/lab/cli.ipynb #57dd4806
 class Counter:
     "Progress of a long measurement on standard error: what, how many of how many, how long still."
 
@@ -413,7 +414,7 @@ class Counter:
         if done < total and now - self.shown < (0.2 if live else 10): return
         self.shown, seconds = now, now - self.start
         left = f", {seconds / done * (total - done):.0f}s left" if 0 < done < total else ""
-        rate = f", {done / seconds:.1f}/s" if seconds > 0 and done else ""
+        rate = "" if not (seconds > 0 and done) else f", {done / seconds:.1f}/s" if done > seconds else f", {seconds / done:.1f}s each"
         end = "" if live and done < total else "\n"
         print(("\r\x1b[K" if live else "") + f"{name}: {done}/{total}{rate}{left}", end=end, file=sys.stderr, flush=True)
 
