@@ -139,7 +139,7 @@ def check_prompts(prompts):
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
-          "decoder-pca": "decoder:DecoderPCAStage", "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage"}
+          "decoder-pca": "decoder:DecoderPCAStage", "vae": "latent_decoder:VAEStage", "decoder-ldm": "latent_decoder:LatentDecoderStage", "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage"}
 
 
 def stage_class(name):  # a key of STAGES
@@ -152,7 +152,7 @@ def stage_class(name):  # a key of STAGES
 @dataclass
 class Train:
     "Train one stage of a preset."
-    stage: str  # parser, contrastive, lit, decoder, decoder-pca, vlm or generator
+    stage: str  # parser, contrastive, lit, decoder, decoder-pca, vae, decoder-ldm, vlm or generator
     preset: str = "tiny"  # tiny, small, smoke or a .json file
     root: Optional[Path] = None  # folder of the preset's checkpoints; default the package's own
     out: Optional[Path] = None  # checkpoint folder to make; default ROOT/STAGE

@@ -163,6 +163,14 @@ TINY = {
         options=dict(loss="infonce", same_caption="mask", evaluation=1000)),
     "decoder": StagePreset(**_PIXELS),
     "decoder-pca": StagePreset(**_PIXELS),
+    "vae": StagePreset(
+        model=dict(latent_channels=4, widths=(16, 32, 64), blocks=1),
+        recipe=Recipe(steps=1500, batch_size=16, learning_rate=2e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.99, checkpoint_every=250, log_every=25),
+        options=dict(mixture=_PIXELS["options"]["mixture"], kl_weight=1e-4, perceptual="none", statistics=2048, evaluation=500)),
+    "decoder-ldm": StagePreset(
+        model=dict(hidden_size=96, num_layers=6, num_heads=4, patch_size=1, position_scale=3.0),
+        recipe=Recipe(steps=3000, batch_size=16, learning_rate=3e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+        options=dict(mixture=_PIXELS["options"]["mixture"], reducer="decoder", vae="vae", latent_noise=0.1, condition_dropout=0.0, evaluation=200)),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=2300, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
@@ -192,6 +200,8 @@ SMOKE = _merged(TINY, {
     "contrastive": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, text_hidden_size=32, text_layers=1, text_heads=2, projection_dim=16), recipe=_SECONDS, options=dict(evaluation=16)),
     "decoder": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
     "decoder-pca": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
+    "vae": dict(model=dict(widths=(8, 16, 16)), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), statistics=64, evaluation=4)),
+    "decoder-ldm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2), recipe=_SECONDS, options=dict(mixture=dict(scenes=1.0), evaluation=4)),
     "vlm": dict(model=dict(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=64), recipe=_SECONDS, options=dict(evaluation=8)),
     "generator": dict(model=dict(num_inference_steps=2), recipe=_SECONDS, options=dict(pool=200, pool_block=100, evaluation=4)),
     "lit": dict(model=dict(image_size=64, projection_dim=16, regions=1), recipe=_SECONDS,
@@ -206,6 +216,8 @@ SMALL = _merged(TINY, {
     "contrastive": dict(model=dict(image_size=64, patch_size=8, hidden_size=384, num_layers=8, num_heads=6, text_hidden_size=256, text_layers=4, projection_dim=256),
                         recipe=dict(steps=20_000, batch_size=512, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.999, checkpoint_every=2000, log_every=100)),
     "decoder": _LARGER, "decoder-pca": _LARGER,
+    "vae": dict(recipe=dict(steps=20_000, batch_size=128, learning_rate=1e-3, warmup_steps=500, checkpoint_every=2000, log_every=100), options=dict(perceptual="efficientnet", perceptual_weight=0.1)),
+    "decoder-ldm": dict(model=dict(hidden_size=384, num_layers=12, num_heads=6, patch_size=2), recipe=dict(steps=20_000, batch_size=128, learning_rate=5e-4, warmup_steps=500, ema_decay=0.999, checkpoint_every=2000, log_every=100)),
     "vlm": dict(model=dict(hidden_size=512, num_layers=8, num_heads=8, intermediate_size=1536), recipe=dict(steps=20_000, batch_size=256, learning_rate=5e-4, warmup_steps=500, checkpoint_every=2000, log_every=100)),
     "generator": dict(recipe=dict(steps=40_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.9999, checkpoint_every=2000, log_every=100), options=dict(pool=400_000)),
     "lit": dict(model=dict(image_size=224, regions=2), recipe=dict(steps=3000, batch_size=512, checkpoint_every=500), options=dict(pictures=50_000, evaluation=2000, world=dict(image_size=224, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji=("all",)))),
