@@ -17,9 +17,9 @@ from ..errors import UserError
 from ..train.presets import load_preset
 
 # %% auto #0
-__all__ = ['CAPTION_TOKENS', 'FROZEN', 'gigaflops', 'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts', 'language_parts',
-           'generator_parts', 'Tower', 'parser_parts', 'parts_of', 'lit_parts', 'optional_parts', 'stage_memory',
-           'describe']
+__all__ = ['CAPTION_TOKENS', 'FROZEN', 'gigaflops', 'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts',
+           'latent_decoder_parts', 'language_parts', 'generator_parts', 'Tower', 'parser_parts', 'parts_of',
+           'lit_parts', 'optional_parts', 'stage_memory', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -95,6 +95,18 @@ def decoder_parts(preset, world, vision, stage="decoder"):
     return reducer, [Part("reducer", stage, reducer, lambda batch: reducer.encode(_meta(batch, tokens, vision.hidden_size)).sum()),
                      Part("pixel decoder, a step", stage, decoder, lambda batch: decoder(_pictures(batch, world.image_size), _meta(batch), _meta(batch, tokens, dim))[0].sum())]
 
+# %% ../../nbs/lab/describe.ipynb #d5c1e7a2
+def latent_decoder_parts(preset, world, vision, reducer):
+    "The small VAE and the latent diffusion decoder, where the preset has them."
+    if "decoder-ldm" not in preset.stages: return []
+    from vugen.decode.latent_diffusion import LatentDiffusionDecoder
+    from vugen.decode.vae import ConvVAE
+    vae, tokens = ConvVAE(**preset.stage("vae").model), vision.grid[0] * vision.grid[1]
+    decoder = LatentDiffusionDecoder(latent_dim=reducer.dim, image_size=world.image_size, grid_size=vision.grid[0], vae_channels=vae.latent_channels, vae_factor=vae.factor, **preset.stage("decoder-ldm").model)
+    side = world.image_size // vae.factor
+    return [Part("VAE", "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, world.image_size)).mean).sum()),
+            Part("latent diffusion decoder, a step", "decoder-ldm", decoder, lambda batch: decoder(_meta(batch, vae.latent_channels, side, side), _meta(batch) + 1, _meta(batch, tokens, reducer.dim)).sum())]
+
 # %% ../../nbs/lab/describe.ipynb #70b2196c
 def language_parts(preset, world, vision):
     "Projector and language model; their input is one picture and a caption."
@@ -141,7 +153,7 @@ def parts_of(preset):  # Preset
         contrastive, parts = encoder_parts(preset, world)
         reducer, pixels = decoder_parts(preset, world, contrastive.vision)
         vlm, language = language_parts(preset, world, contrastive.vision)
-        return [*parser_parts(preset, world), *parts, *pixels, *language, *generator_parts(preset, contrastive.vision, vlm, reducer)]
+        return [*parser_parts(preset, world), *parts, *pixels, *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language, *generator_parts(preset, contrastive.vision, vlm, reducer)]
 
 # %% ../../nbs/lab/describe.ipynb #e02e1fd8
 def lit_parts(preset):
@@ -164,7 +176,7 @@ def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
     except UserError as error: return [], {"lit": str(error)}
 
 # %% ../../nbs/lab/describe.ipynb #8f498020
-FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step")}
+FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step")}
 
 
 def stage_memory(stage, part, parts):  # StagePreset and every Part

@@ -169,8 +169,8 @@ TINY = {
         options=dict(mixture=_PIXELS["options"]["mixture"], kl_weight=1e-4, perceptual="none", statistics=2048, evaluation=500)),
     "decoder-ldm": StagePreset(
         model=dict(hidden_size=96, num_layers=6, num_heads=4, patch_size=1, position_scale=3.0),
-        recipe=Recipe(steps=3000, batch_size=16, learning_rate=3e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
-        options=dict(mixture=_PIXELS["options"]["mixture"], reducer="decoder", vae="vae", latent_noise=0.1, condition_dropout=0.0, evaluation=200)),
+        recipe=Recipe(steps=2000, batch_size=16, learning_rate=3e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+        options=dict(mixture=_PIXELS["options"]["mixture"], reducer="decoder", vae="vae", latent_noise=0.1, condition_dropout=0.0, evaluation=100)),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
         recipe=Recipe(steps=2300, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
