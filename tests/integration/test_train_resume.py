@@ -18,7 +18,7 @@ from vugen.train.loop import read_log, stage_parser, states, train_stage
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 STAGE = Path(__file__).with_name("line_stage.py")
-RECIPE = Recipe(steps=120, batch_size=16, learning_rate=0.01, warmup_steps=5, ema_decay=0.9, schedule="cosine", log_every=10, checkpoint_every=7, gradient_accumulation=2, seed=3)
+RECIPE = Recipe(precision="fp32", steps=120, batch_size=16, learning_rate=0.01, warmup_steps=5, ema_decay=0.9, schedule="cosine", log_every=10, checkpoint_every=7, gradient_accumulation=2, seed=3)
 
 
 def write_preset(folder, recipe=RECIPE):

@@ -40,7 +40,7 @@ class Stage:
 
 
 def preset(**changes):
-    recipe = Recipe(**{**dict(steps=12, batch_size=6, learning_rate=0.01, warmup_steps=2, ema_decay=0.9, log_every=4, checkpoint_every=5), **changes})
+    recipe = Recipe(**{**dict(precision="fp32", steps=12, batch_size=6, learning_rate=0.01, warmup_steps=2, ema_decay=0.9, log_every=4, checkpoint_every=5), **changes})
     return Preset("toy", {}, {"toy": StagePreset({}, recipe)})
 
 
