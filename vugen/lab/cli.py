@@ -219,6 +219,7 @@ CHUNK = 32  # pictures drawn at a time
 def draw_chunks(model, prompts, seed, progress, **options):  # TextToImage; one prompt a picture; `Counter`; of `TextToImage.images`
     "Pictures [B, 3, H, W] of the prompts, on the CPU; progress is told where there is more than one chunk."
     import torch
+    if not prompts: raise UserError("There is no prompt: give at least one, such as 'a red circle left of a blue square'.")
     parts = []
     if len(prompts) > CHUNK: progress("generate", 0, len(prompts))
     for number, start in enumerate(range(0, len(prompts), CHUNK)):
