@@ -1,11 +1,12 @@
 """Prompts to latents to pictures, and back as a classifier, on untrained miniatures; and the two training stages."""
+import dataclasses
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from vugen.data.scenes import World, batch
+from vugen.data.scenes import World, batch, captions, sample_scenes
 from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
 from vugen.encode.contrastive import ContrastiveModel
 from vugen.encode.reducers import MLPReducer
@@ -205,3 +206,18 @@ def test_some_training_prompts_are_empty_and_all_are_pure(root):
     prompts = stage.prompts(list(range(200)))
     assert 60 < prompts.count("") < 140 and prompts == stage.prompts(list(range(200)))
     assert held_out_prompts(WORLD, 5, 3) == held_out_prompts(WORLD, 5, 3) and all(" " in prompt for prompt in held_out_prompts(WORLD, 5, 3))
+
+
+def test_plain_wording_comes_first_whatever_the_batch(root):
+    stage = GeneratorStage(small_preset(prompt_dropout=0.0, plain_steps=2, paraphrase=1.0), root) # batches of 6: the first 12 samples
+    stage.build()
+    whole = stage.prompts(list(range(24)))
+    assert whole == sum((stage.prompts([index]) for index in range(24)), [])
+    scenes = sample_scenes(stage.world, stage.seed, [index % 20 for index in range(24)])
+    plain = captions(scenes, dataclasses.replace(stage.world, paraphrase=0.0), stage.seed, list(range(24)))
+    assert whole[:12] == plain[:12] and sum(one != two for one, two in zip(whole[12:], plain[12:])) > 3
+
+
+def test_sampling_takes_the_time_shift_of_training(root, model):
+    shifted = TextToImage.from_pretrained(root, shift=3.0)
+    assert torch.equal(shifted.generate(PROMPTS), model.generate(PROMPTS, shift=3.0)) and not torch.equal(shifted.generate(PROMPTS), model.generate(PROMPTS))

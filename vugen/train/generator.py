@@ -52,6 +52,7 @@ class GeneratorStage:
     def __init__(self, preset, root):
         self.preset, self.root, self.part = preset, Path(root), preset.stage("generator")
         self.world, self.seed, self.options = World.from_dict(preset.world), self.part.recipe.seed, dict(self.part.options)
+        self.plain, self.free = (dataclasses.replace(self.world, paraphrase=share) for share in (0.0, self.options.get("paraphrase", self.world.paraphrase)))
 
     def build(self):
         "A tower grown from the language model; the judge is loaded too, so that a missing one is found out now"
@@ -70,14 +71,13 @@ class GeneratorStage:
 
     def wording(self, index):
         "The world in whose words a sample is told: plain ones for the first steps, then a share in free wording"
-        plain = index < self.options.get("plain_steps", 0) * self.part.recipe.batch_size
-        return dataclasses.replace(self.world, paraphrase=0.0 if plain else self.options.get("paraphrase", self.world.paraphrase))
+        return self.plain if index < self.options.get("plain_steps", 0) * self.part.recipe.batch_size else self.free
 
     def prompts(self, indices):
         "Captions of the samples; a share is left empty, for guidance"
         scenes = sample_scenes(self.world, self.seed, [index % self.pool.size for index in indices])
         silent = uniforms(self.seed, indices, [0], stream=13)[:, 0] < self.options.get("prompt_dropout", .1)
-        return ["" if empty else told for empty, told in zip(silent, captions(scenes, self.wording(indices[0]), self.seed, indices))]
+        return ["" if empty else captions([scene], self.wording(index), self.seed, [index])[0] for empty, scene, index in zip(silent, scenes, indices)]
 
     def batch(self, indices):
         ids, mask = self.model.vlm.tokenizer.encode(self.prompts(indices), eos=False)
