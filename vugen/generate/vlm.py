@@ -18,8 +18,8 @@ from ..models.text import WordTokenizer
 
 # %% auto #0
 __all__ = ['QUESTION_KINDS', 'NUMBERS', 'QUESTION_WORDS', 'IMAGE_TOKEN', 'phrase', 'with_article', 'question', 'world_words',
-           'Projector', 'make_language_model', 'SceneVLM', 'load_vision', 'caption_log_likelihood', 'complete',
-           'generate_caption', 'answer', 'yes_probability']
+           'Projector', 'init_language_model', 'make_language_model', 'SceneVLM', 'load_vision',
+           'caption_log_likelihood', 'complete', 'generate_caption', 'answer', 'yes_probability']
 
 # %% ../../nbs/generate/vlm.ipynb #3431c5ab
 QUESTION_KINDS = ("color", "shape", "relation", "existence", "count")
@@ -137,6 +137,23 @@ class Projector(nn.Module):
         return F.avg_pool2d(feature_map, self.pool).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/generate/vlm.ipynb #03f19b64
+@torch.no_grad()
+def init_language_model(
+    model: nn.Module, # an untrained Llama with tied embeddings
+    position_bias: float = 1.0, # size of the biases of queries and keys, where the model has them
+) -> nn.Module: # the same model
+    "Initialise so that a word and its place outweigh what the layers add to them: unit embeddings, 1/√(inputs) elsewhere, residual outputs scaled by 1/√(2 · layers)"
+    body = model.model
+    nn.init.normal_(body.embed_tokens.weight)
+    body.norm.weight.fill_(body.embed_tokens.embedding_dim ** -.5) # tied embeddings of unit size would make loud logits
+    for name, part in body.layers.named_modules():
+        if not isinstance(part, nn.Linear): continue
+        residual = (2 * len(body.layers)) ** -.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+        nn.init.normal_(part.weight, std=residual * part.in_features ** -.5)
+        if part.bias is not None: nn.init.normal_(part.bias, std=position_bias if name.endswith(("q_proj", "k_proj")) else 0.0)
+    return model
+
+# %% ../../nbs/generate/vlm.ipynb #3a3d6175
 def make_language_model(
     vocab_size: int, # entries of the tokenizer
     hidden_size: int = 128, # H
@@ -144,12 +161,15 @@ def make_language_model(
     num_heads: int = 4, # attention heads
     intermediate_size: int = 384, # inner width of the feed-forward part
     context_length: int = 256, # longest sequence, image tokens included
+    attention_bias: bool = True, # biases in the attention, see `init_language_model`
+    rope_theta: float = 100.0, # base of the rotary embedding; sentences here are short
 ) -> nn.Module:
     "An untrained `transformers.LlamaForCausalLM` with tied embeddings"
     from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads,
-                         max_position_embeddings=context_length, tie_word_embeddings=True, initializer_range=.05, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
-    return LlamaForCausalLM(config)
+                         max_position_embeddings=context_length, rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, attention_bias=attention_bias,
+                         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, use_cache=False)
+    return init_language_model(LlamaForCausalLM(config))
 
 # %% ../../nbs/generate/vlm.ipynb #a63906dc
 IMAGE_TOKEN = "<image>"
@@ -168,6 +188,8 @@ class SceneVLM(nn.Module, PretrainedMixin):
         num_heads: int = 4, # attention heads
         intermediate_size: int = 384, # inner width of the feed-forward part
         context_length: int = 256, # longest sequence, image tokens included
+        attention_bias: bool = True, # biases in the language model's attention
+        rope_theta: float = 100.0, # base of its rotary embedding
         encoder: str = "../contrastive", # folder of the encoder, relative to the saved model
         encoder_fingerprint: str = "", # of the encoder's weights; empty accepts any
     ):
@@ -176,7 +198,7 @@ class SceneVLM(nn.Module, PretrainedMixin):
         self.tokenizer = WordTokenizer(words, extra_special=(IMAGE_TOKEN,))
         self.image_id = self.tokenizer.vocabulary[IMAGE_TOKEN]
         self.projector = Projector(vision_hidden_size, hidden_size, vision_grid, pool)
-        self.language_model = make_language_model(len(self.tokenizer), hidden_size, num_layers, num_heads, intermediate_size, context_length)
+        self.language_model = make_language_model(len(self.tokenizer), hidden_size, num_layers, num_heads, intermediate_size, context_length, attention_bias, rope_theta)
         self.vision = None
 
     def attach(self,

@@ -173,8 +173,8 @@ TINY = {
         options=dict(mixture=_PIXELS["options"]["mixture"], reducer="decoder", vae="vae", latent_noise=0.1, condition_dropout=0.0, evaluation=100)),
     "vlm": StagePreset(
         model=dict(hidden_size=128, num_layers=5, num_heads=4, intermediate_size=384),
-        recipe=Recipe(steps=2300, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.0, checkpoint_every=100, log_every=20),
-        options=dict(evaluation=500, tasks=dict(caption=0.3, question=0.4, text=0.05, reading=0.25))),
+        recipe=Recipe(steps=6000, batch_size=64, learning_rate=1e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.99, checkpoint_every=200, log_every=20),
+        options=dict(evaluation=500, questions=3, tasks=dict(caption=0.3, question=0.3, text=0.05, reading=0.2, retelling=0.15))),
     "generator": StagePreset(
         model=dict(position_scale=1.0, shift=3.0, guidance_scale=2.0, num_inference_steps=50),
         recipe=Recipe(steps=7000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.999, checkpoint_every=200, log_every=20),
