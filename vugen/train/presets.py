@@ -178,7 +178,7 @@ TINY = {
     "generator": StagePreset(
         model=dict(position_scale=1.0, shift=3.0, guidance_scale=2.0, num_inference_steps=50),
         recipe=Recipe(steps=7000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, schedule="cosine", ema_decay=0.999, checkpoint_every=200, log_every=20),
-        options=dict(prompt_dropout=0.1, plain_steps=5000, paraphrase=0.5, time="logit-normal", pool=40_000, pool_block=200, evaluation=500)),
+        options=dict(prompt_dropout=0.1, plain_steps=3000, paraphrase=0.5, time="logit-normal", pool=40_000, pool_block=200, evaluation=500)),
     "lit": StagePreset(
         model=dict(projection_dim=256, image_size=128, regions=1),
         recipe=Recipe(steps=250, batch_size=256, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, schedule="cosine", checkpoint_every=250),
