@@ -7,7 +7,7 @@ __all__ = ['ROOMS', 'project_root', 'notebooks', 'execute', 'readme_pages', 'rea
            'render_site', 'main']
 
 # %% ../../nbs/lab/docs.ipynb #b1d02ac8
-import argparse, base64, os, re, shutil, subprocess, time
+import argparse, base64, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 from ..errors import UserError
 
@@ -46,7 +46,7 @@ def execute(
     NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in book.cells: cell["metadata"] = {}
     with atomic_path(path) as temporary: nbformat.write(book, temporary)
-    subprocess.run(["nbdev_clean", "--fname", str(path)], check=True)
+    subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
     return time.perf_counter() - start
 
 # %% ../../nbs/lab/docs.ipynb #bee134b3
