@@ -125,7 +125,7 @@ class DecoupledStage(GeneratorStage):
         name = self.options.get("vae", "vae")
         if (self.root / name).is_dir() and not Path(name).is_absolute(): return load_vae(self.root / name), f"../{name}"
         if name == "vae": raise UserError(f"{self.root / name} does not exist: train it with `vugen train vae`, or name a published VAE in options.vae.")
-        return load_vae(name), str(name)
+        return load_vae(name), str(Path(name).resolve() if Path(name).is_dir() else name)
 
     def grow(self, vlm):
         vae, name = self.find_vae()
