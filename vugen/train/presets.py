@@ -247,7 +247,7 @@ PRESETS = {
 }
 
 # %% ../../nbs/train/presets.ipynb #5b34b45a
-IMPROVED_MODEL = dict(shift="dimension", shift_base=57, guidance_interval=(0.1, 1.0))
+IMPROVED_MODEL = dict(shift="dimension", shift_base=57, guidance_interval=(0.0, 0.5))
 
 def improved(preset):  # Preset
     "Its twin with the improved options of the generator's stages."
