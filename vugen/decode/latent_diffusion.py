@@ -284,14 +284,15 @@ class LatentDiffusionDecoder(nn.Module, PretrainedMixin):
     def decode(self,
                latents: torch.Tensor,  # [B,N,d], N a square number
                num_inference_steps: int = 25,  # Euler steps
-               seed: int = 0,  # picture i starts from noise (seed, i)
+               seed: int = 0,  # picture i starts from noise (seed, first + i)
                callback: Callable | None = None,  # called as callback(step, t, estimate [B,3,H,W] in [0,1]) at each evaluation
                guidance_scale: float = 1.0,  # above 1 only for a decoder trained with dropped conditions
+               first: int = 0,  # number of the first picture, where many are painted in parts
                ) -> torch.Tensor:  # [B,3,H,W] in [0,1]
         "Paint the pictures that the reduced tokens describe, from pure noise."
         if self.vae is None: raise UserError("This decoder has no VAE: give one with attach(load_vae(folder)).")
         side = self._check(latents) * self.image_size // self.grid_size // self.vae_factor
-        noise = noise_for(seed, range(len(latents)), (self.vae_channels, side, side)).to(latents.device)
+        noise = noise_for(seed, range(first, first + len(latents)), (self.vae_channels, side, side)).to(latents.device)
         show = None if callback is None else lambda step, level, estimate: callback(step, time_of_sigma(level), self.vae.decode(estimate / self.sigma_data))
         denoise = guided_denoiser(lambda x, sigma: self(x, sigma, latents), lambda x, sigma: self(x, sigma, torch.zeros_like(latents)), guidance_scale)
         painted = edm_euler(denoise, self.sigma_max * noise, karras_sigmas(num_inference_steps, self.sigma_min, self.sigma_max), show)

@@ -358,12 +358,13 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
     def decode(self,
                latents: torch.Tensor,  # [B,N,d], N a square number
                num_inference_steps: int = 8,  # Euler steps
-               seed: int = 0,  # picture i starts from noise (seed, i)
+               seed: int = 0,  # picture i starts from noise (seed, first + i)
                callback=None,  # called as callback(step, t, estimate [B,3,H,W] in [0,1]) at each evaluation
+               first: int = 0,  # number of the first picture, where many are painted in parts
                ) -> torch.Tensor:  # [B,3,H,W] in [0,1]
         "Paint the pictures that the latents describe, from pure noise."
         side = square_grid(latents.shape[1]) * self.factor
-        noise = noise_for(seed, range(len(latents)), (3, side, side)).to(latents)
+        noise = noise_for(seed, range(first, first + len(latents)), (3, side, side)).to(latents)
         field = with_estimates(lambda x_t, t: self.velocity(x_t, t, latents), callback)
         return to_unit(euler(field, noise, num_inference_steps))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -180,9 +181,12 @@ class ImageTower(nn.Module):
     def forward(self,
         hidden: torch.Tensor, # [B, N, H]
         cache: PromptCache, # of B prompts
+        watch: Callable | None = None, # called after each layer with (its number from 1, hidden [B, N, H])
     ) -> torch.Tensor: # [B, N, H]
         mask = joint_mask(cache, hidden.shape[1], hidden.dtype)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values): hidden = tower_layer(layer, hidden, keys, values, mask)
+        for number, (layer, keys, values) in enumerate(zip(self.layers, cache.keys, cache.values), 1):
+            hidden = tower_layer(layer, hidden, keys, values, mask)
+            if watch is not None: watch(number, hidden)
         return normed(self.norm, hidden)
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #a83f270e
@@ -238,11 +242,12 @@ class MixtureOfTransformers(nn.Module):
         t: torch.Tensor, # [B], 0 is noise and 1 is data
         cache: PromptCache, # of B prompts
         places: torch.Tensor | None = None, # [N] places on the grid, in row-major order if not given
+        watch: Callable | None = None, # see `ImageTower`
     ) -> torch.Tensor: # [B, N, d], velocity
         "Predict the velocity of the latents"
         positions = self.positions if places is None else self.positions[places]
         hidden = self.latent_in(latents_t) + positions + self.time(t)[:, None]
-        return self.latent_out(self.tower(hidden, cache))
+        return self.latent_out(self.tower(hidden, cache, watch))
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #30c63f85
 def flops_per_token(

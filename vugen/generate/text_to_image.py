@@ -14,13 +14,15 @@ from torch import nn
 from ..encode.reducers import load_reducer
 from ..errors import UserError
 from .adapters import UnderstandingModel, load_adapter
+from .latent_spaces import make_space
 from .mixture_of_transformers import MixtureOfTransformers, PromptCache
-from ..models.flow import euler, guided, interpolate, velocity_target
+from ..decode.vae import load_vae
+from ..models.flow import dimension_shift, euler, interpolate, velocity_target, with_guidance
 from ..models.saving import PretrainedMixin, fingerprint, load_weights, read_config
 
 # %% auto #0
-__all__ = ['MAX_CHARACTERS', 'check_prompts', 'latent_noise', 'TextToImage', 'generator_folder', 'vlm_folder',
-           'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
+__all__ = ['MAX_CHARACTERS', 'check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage',
+           'generator_folder', 'part_folder', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
 
 # %% ../../nbs/generate/text_to_image.ipynb #3572c446
 MAX_CHARACTERS = 400 # of a prompt
@@ -43,20 +45,42 @@ def latent_noise(
     count: int, # B, pictures
     num_tokens: int, # N
     dim: int, # d
+    first: int = 0, # number of the first of them
 ) -> torch.Tensor: # [B, N, d], standard Gaussian
     "The starting points of `count` pictures"
-    return torch.stack([torch.randn(num_tokens, dim, generator=torch.Generator().manual_seed(seed * 1_000_003 + index)) for index in range(count)])
+    return torch.stack([torch.randn(num_tokens, dim, generator=torch.Generator().manual_seed(seed * 1_000_003 + index)) for index in range(first, first + count)])
+
+# %% ../../nbs/generate/text_to_image.ipynb #5e78122c
+def resolve_shift(
+    shift: float | str, # s itself, or "dimension" for the rule of RAE
+    num_tokens: int, # N
+    dim: int, # d
+    base: int = 4096, # numbers in a sample that needs no shift
+) -> float: # s for `time_shift`
+    "The time shift as a number; a `UserError` where it cannot be one"
+    if shift == "dimension": return dimension_shift(num_tokens, dim, base)
+    if isinstance(shift, str) or not shift > 0: raise UserError(f"the time shift is {shift!r}: give a number above 0, or 'dimension'.")
+    return float(shift)
+
+# %% ../../nbs/generate/text_to_image.ipynb #0b70cf2e
+def check_interval(
+    interval, # (from, to) in t, both included
+) -> tuple[float, float]: # the same
+    "Refuse what is no interval of times with a `UserError`"
+    low, high = interval
+    if not 0 <= low <= high <= 1: raise UserError(f"the guidance interval is {low:g} to {high:g}: give two times from 0 (noise) to 1 (data), the smaller one first.")
+    return float(low), float(high)
 
 # %% ../../nbs/generate/text_to_image.ipynb #511f5895
 class TextToImage(nn.Module, PretrainedMixin):
     "Prompts → latents → pictures; a `Generator` whose velocity field is open to view"
-    unsaved_prefixes = ("vlm.", "reducer.", "pixel_decoder.", "mixture.decoder.")
+    unsaved_prefixes = ("vlm.", "reducer.", "pixel_decoder.", "vae.", "mixture.decoder.")
 
     def __init__(self,
         latent_dim: int = 8, # d, channels of a latent token
         grid: tuple[int, int] = (8, 8), # rows and columns of latent tokens
         position_scale: float = 1.0, # size of the position embedding
-        shift: float = 1.0, # time shift of training and sampling: above 1, more of the time near the noise
+        shift: float | str = 1.0, # time shift of training and sampling: above 1, more of the time near the noise; see `resolve_shift`
         guidance_scale: float = 2.0, # default of `generate`
         num_inference_steps: int = 50, # default of `generate`
         vlm: str = "../vlm", # folders of the parts, relative to the saved model; for the VLM also a hub id, see `load_adapter`
@@ -64,22 +88,30 @@ class TextToImage(nn.Module, PretrainedMixin):
         pixel_decoder: str = "../decoder/pixel_decoder",
         vlm_fingerprint: str = "", # of their weights; empty accepts any
         reducer_fingerprint: str = "",
+        shift_base: int = 4096, # for shift="dimension"
+        guidance_interval: tuple[float, float] = (0.0, 1.0), # of t in which `generate` guides; its default
+        space: str = "understanding", # what is sampled, see `make_space`
+        vae: str = "../vae", # of space "vae": folder relative to the saved model, or a hub id
+        vae_fingerprint: str = "",
     ):
         super().__init__()
         self.latent_dim, self.grid = latent_dim, tuple(grid)
-        self.shift, self.guidance_scale, self.num_inference_steps = shift, guidance_scale, num_inference_steps
-        self.vlm = self.reducer = self.pixel_decoder = self.mixture = None
+        self.shift, self.guidance_interval = resolve_shift(shift, self.grid[0] * self.grid[1], latent_dim, shift_base), check_interval(guidance_interval)
+        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+        self.vlm = self.reducer = self.pixel_decoder = self.vae = self.mixture = self.space = None
 
     def attach(self,
         vlm: UnderstandingModel, # trained; it is frozen
         reducer: nn.Module | None = None, # trained; needed to read pictures
         pixel_decoder: nn.Module | None = None, # trained; needed to draw pictures
+        vae: nn.Module | None = None, # a `LatentAutoencoder`, for space "vae" in place of these two
     ) -> TextToImage:
         "Give the model the parts it stands on and grow the image tower from the language model's layers"
-        for part, name in ((vlm, "vlm"), (reducer, "reducer")): self._check_part(part, name)
+        for part, name in ((vlm, "vlm"), (reducer, "reducer"), (vae, "vae")): self._check_part(part, name)
         if reducer is not None and reducer.dim != self.latent_dim: raise UserError(f"the reducer gives {reducer.dim} channels, this generator draws {self.latent_dim}: give the reducer it was trained with.")
-        frozen = [None if part is None else part.eval().requires_grad_(False) for part in (vlm, reducer, pixel_decoder)]
-        self.vlm, self.reducer, self.pixel_decoder = frozen
+        self.vlm = vlm.eval().requires_grad_(False)
+        self.space = make_space(self.config["space"], vlm.vision, self.latent_dim, self.grid, reducer, pixel_decoder, vae)
+        for name, part in self.space.parts.items(): setattr(self, name, None if part is None else part.eval().requires_grad_(False))
         self.mixture = MixtureOfTransformers(vlm.language_model, self.latent_dim, self.grid, self.config["position_scale"])
         return self
 
@@ -90,7 +122,7 @@ class TextToImage(nn.Module, PretrainedMixin):
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for part in (self.vlm, self.reducer, self.pixel_decoder):
+        for part in (self.vlm, *(self.space.parts.values() if self.space else ())):
             if part is not None: part.eval()
         return self
 
@@ -103,6 +135,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         vlm: UnderstandingModel | None = None, # parts, if already loaded
         reducer: nn.Module | None = None,
         pixel_decoder: nn.Module | None = None,
+        vae: nn.Module | None = None,
         **overrides,
     ) -> TextToImage:
         "Load the generator and the parts beside it, in evaluation mode"
@@ -110,16 +143,17 @@ class TextToImage(nn.Module, PretrainedMixin):
         config = read_config(folder)
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
         model = cls(**{**config, **overrides})
-        model.attach(vlm or load_adapter(vlm_folder(folder, config["vlm"])), reducer or load_reducer(folder / config["reducer"]), pixel_decoder or load_pixel_decoder(folder / config["pixel_decoder"]))
+        vlm = vlm or load_adapter(part_folder(folder, config["vlm"]))
+        if model.config["space"] == "vae": model.attach(vlm, vae=vae or load_vae(part_folder(folder, model.config["vae"])))
+        else: model.attach(vlm, reducer or load_reducer(folder / config["reducer"]), pixel_decoder or load_pixel_decoder(folder / config["pixel_decoder"]))
         load_weights(model, folder)
         return model.eval()
 
     def encode_images(self,
         images: torch.Tensor, # [B, 3, H, W] in [0, 1]
     ) -> torch.Tensor: # [B, N, d]
-        "Reduced understanding latents of pictures: what the generator learns to sample"
-        if self.reducer is None: raise UserError("this generator has no reducer: load it with `from_pretrained`, or `attach` one.")
-        with torch.no_grad(): return self.reducer.encode(self.vlm.vision(images.to(self.device)).tokens)
+        "Latents of pictures in the generator's space, for VUGEN the reduced understanding tokens: what it learns to sample"
+        return self.space.encode(images.to(self.device))
 
     def prompt_cache(self,
         prompts: list[str], # B prompts; an empty one is the prompt of no words, <bos> alone
@@ -142,9 +176,10 @@ class TextToImage(nn.Module, PretrainedMixin):
         mask: torch.Tensor, # [B, L]
         t: torch.Tensor, # [B]
         noise: torch.Tensor, # [B, N, d]
+        watch: Callable | None = None, # sees the tower's hidden states, see `ImageTower`
     ) -> torch.Tensor: # [B], squared error of the velocity, mean over tokens and channels (Eq. 1)
         "Training loss of each sample"
-        predicted = self.mixture(interpolate(latents, noise, t), t, self.mixture.prompt_cache(ids, mask))
+        predicted = self.mixture(interpolate(latents, noise, t), t, self.mixture.prompt_cache(ids, mask), watch=watch)
         return (predicted.float() - velocity_target(latents, noise)).square().mean((1, 2))
 
     # sampling and scoring: see the functions of the same names below
@@ -160,9 +195,9 @@ def generator_folder(
     folder = Path(name).expanduser()
     return folder / "generator" if (folder / "generator").is_dir() else folder
 
-def vlm_folder(
+def part_folder(
     folder: Path, # of the generator
-    name: str, # of the VLM as the generator's configuration has it
+    name: str, # of the VLM or the VAE as the generator's configuration has it
 ) -> Path | str:
     "A folder relative to the generator's own, or a hub id such as `facebook/Perception-LM-1B` if there is none"
     beside = folder / name
@@ -183,40 +218,43 @@ def generate(
     guidance_scale: float | None = None, # 1 is no guidance; the model's default if not given
     num_inference_steps: int | None = None, # Euler steps; the model's default if not given
     seed: int = 0, # of the noise
-    shift: float | None = None, # time shift, see `vugen.models.flow.time_shift`; the one of training if not given
+    shift: float | str | None = None, # time shift, see `resolve_shift`; the one of training if not given
     callback: Callable | None = None, # called after each step with (index, t reached, latents)
+    guidance_interval: tuple[float, float] | None = None, # of t in which guidance applies; the model's default if not given
+    first: int = 0, # number of the first picture: picture i starts from the noise of (seed, first + i)
 ) -> torch.Tensor: # latents [B, N, d]
-    "Sample reduced latents for prompts"
+    "Sample latents for prompts"
     scale = model.guidance_scale if guidance_scale is None else guidance_scale
     steps = model.num_inference_steps if num_inference_steps is None else num_inference_steps
     if steps < 1: raise UserError(f"num_inference_steps is {steps}: give at least 1.")
     cache = model.prompt_cache(check_prompts(prompts))
     silent = model.prompt_cache([""]).select(torch.zeros(len(prompts), dtype=torch.long))
-    def field(latents, t):
-        told = model.velocity(latents, t, cache)
-        return told if scale == 1 else guided(told, model.velocity(latents, t, silent), scale)
-    noise = latent_noise(seed, len(prompts), model.mixture.num_tokens, model.latent_dim).to(model.device)
-    return euler(field, noise, steps, model.shift if shift is None else shift, callback)
+    interval = model.guidance_interval if guidance_interval is None else check_interval(guidance_interval)
+    field = with_guidance(lambda x, t: model.velocity(x, t, cache), lambda x, t: model.velocity(x, t, silent), scale, interval)
+    size = model.mixture.num_tokens, model.latent_dim
+    shift = model.shift if shift is None else resolve_shift(shift, *size, model.config["shift_base"])
+    return euler(field, latent_noise(seed, len(prompts), *size, first).to(model.device), steps, shift, callback)
 
 # %% ../../nbs/generate/text_to_image.ipynb #53e71a19
 def draw(
-    model: TextToImage, # trained, with a pixel decoder
+    model: TextToImage, # trained, with what paints its latents
     prompts: list[str], # B prompts
     guidance_scale: float | None = None, # 1 is no guidance; the model's default if not given
     num_inference_steps: int | None = None, # Euler steps in the latent space
     seed: int = 0, # of the latents' and the decoder's noise
     decoder_steps: int = 8, # steps of the pixel decoder
+    first: int = 0, # number of the first picture, where many are drawn in parts
     **options, # of `generate`
 ) -> torch.Tensor: # [B, 3, H, W] in [0, 1]
     "Pictures of prompts"
-    if model.pixel_decoder is None: raise UserError("this generator has no pixel decoder: load it with `from_pretrained`, or `attach` one.")
-    latents = generate(model, prompts, guidance_scale, num_inference_steps, seed, **options)
-    return model.pixel_decoder.decode(latents, num_inference_steps=decoder_steps, seed=seed)
+    model.space.require_decoder() # now, not after the sampling
+    latents = generate(model, prompts, guidance_scale, num_inference_steps, seed, first=first, **options)
+    return model.space.decode(latents, num_inference_steps=decoder_steps, seed=seed, first=first)
 
 # %% ../../nbs/generate/text_to_image.ipynb #31eadd40
 @torch.no_grad()
 def denoising_error(
-    model: TextToImage, # trained, with a reducer
+    model: TextToImage, # trained, with what reads pictures
     images: torch.Tensor, # [I, 3, H, W] in [0, 1]
     captions: list[str], # C captions
     num_samples: int = 8, # pairs (t, ε), shared by all

@@ -24,12 +24,12 @@ from ..paths import atomic_path, checkpoints_dir
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS',
            'checkpoint_fingerprints', 'run_record', 'write_json', 'delivery', 'root_of', 'pick_device', 'show_rows',
            'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate',
-           'check_generate', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
-           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
-           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report',
-           'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in',
-           'reference_rows', 'Describe', 'Play', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of',
-           'run_verb', 'main']
+           'check_generate', 'generator_in', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
+           'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify',
+           'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size',
+           'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts',
+           'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'Play', 'overview', 'bare_json', 'gather',
+           'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -139,7 +139,8 @@ def check_prompts(prompts):
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
-          "decoder-pca": "decoder:DecoderPCAStage", "vae": "latent_decoder:VAEStage", "decoder-ldm": "latent_decoder:LatentDecoderStage", "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage"}
+          "decoder-pca": "decoder:DecoderPCAStage", "vae": "latent_decoder:VAEStage", "decoder-ldm": "latent_decoder:LatentDecoderStage", "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage",
+          "generator-decoupled": "generator:DecoupledStage", "generator-repa": "generator:REPAStage"}
 
 
 def stage_class(name):  # a key of STAGES
@@ -152,8 +153,8 @@ def stage_class(name):  # a key of STAGES
 @dataclass
 class Train:
     "Train one stage of a preset."
-    stage: str  # parser, contrastive, lit, decoder, decoder-pca, vae, decoder-ldm, vlm or generator
-    preset: str = "tiny"  # tiny, small, smoke or a .json file
+    stage: str  # parser, contrastive, lit, decoder, decoder-pca, vae, decoder-ldm, vlm, generator, generator-decoupled or generator-repa
+    preset: str = "tiny"  # tiny, small, their -improved twins, smoke or a .json file
     root: Optional[Path] = None  # folder of the preset's checkpoints; default the package's own
     out: Optional[Path] = None  # checkpoint folder to make; default ROOT/STAGE
     state: Optional[Path] = None  # folder of training states; default a hidden folder beside it
@@ -181,10 +182,12 @@ class Generate:
     out: Path = Path("generated")  # folder for the pictures and generate.json
     n: int = 1  # pictures of each prompt, at most 256
     guidance_scale: Optional[float] = None  # 1 is no guidance; default the model's
+    guidance_interval: Optional[tuple[float, float]] = None  # guide only from t to t (0 is noise, 1 is data); default the model's
     steps: Optional[int] = None  # sampler steps; default the model's
     decoder_steps: int = 8  # steps of the pixel decoder
     seed: int = 0  # of the noise
     size: Optional[int] = None  # side of the PNG files in pixels; default the model's own
+    generator: str = "generator"  # which of the folder's generators: also generator-decoupled or generator-repa
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
 
@@ -192,11 +195,11 @@ class Generate:
         check_generate(self)
         prompts, root, device = check_prompts(self.prompts), root_of(self.root), pick_device(self.device)
         from vugen.generate.text_to_image import TextToImage
-        model, start = TextToImage.from_pretrained(root).to(device), time.perf_counter()
+        model, start = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device), time.perf_counter()
         asked, used = [prompt for prompt in prompts for _ in range(self.n)], sampling_of(self, model)
         images = draw_chunks(model, asked, self.seed, Counter(), **used)
         seconds = time.perf_counter() - start
-        names = save_images(images, asked, run_record(command, self.seed, root, device, **used, chunk=CHUNK, seconds=round(seconds, 2)), self.out, self.size)
+        names = save_images(images, asked, run_record(command, self.seed, root, device, generator=self.generator, **used, seconds=round(seconds, 2)), self.out, self.size)
         print(f"{len(names)} pictures in {self.out} ({len(names) / seconds:.1f} a second)")
 
 # %% ../../nbs/lab/cli.ipynb #63fbc5e0
@@ -205,25 +208,34 @@ def check_generate(verb):  # Generate
     check_number("--n", verb.n, 1, 256); check_number("--guidance-scale", verb.guidance_scale, 0, 100)
     check_number("--steps", verb.steps, 1, MOST_STEPS); check_number("--decoder-steps", verb.decoder_steps, 1, MOST_STEPS)
     check_number("--seed", verb.seed, 0, LARGEST_SEED); check_number("--size", verb.size, 1, LARGEST_SIDE)
+    low, high = verb.guidance_interval or (0, 1)
+    if not 0 <= low <= high <= 1: raise UserError(f"--guidance-interval is {low:g} {high:g}: give two times from 0 (noise) to 1 (data), the smaller one first.")
+
+
+def generator_in(root, name):  # folder of checkpoints, a folder in it
+    "The folder of the named generator; the folder of checkpoints itself may be that of the plain one."
+    if name == "generator": return root
+    if not (root / name / "config.json").is_file(): raise UserError(f"{root} holds no generator {name!r}: train it with `vugen train {name}`, or leave --generator out.")
+    return root / name
 
 
 def sampling_of(verb, model):  # Generate, TextToImage
     "What pictures are drawn with: the options, or the model's own values where none was given (0 is given)."
     def own(value, name): return getattr(model, name) if value is None else value
-    return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": verb.decoder_steps}
+    return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "guidance_interval": own(verb.guidance_interval, "guidance_interval"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": verb.decoder_steps}
 
 # %% ../../nbs/lab/cli.ipynb #e812aef2
 CHUNK = 32  # pictures drawn at a time
 
 
 def draw_chunks(model, prompts, seed, progress, **options):  # TextToImage; one prompt a picture; `Counter`; of `TextToImage.images`
-    "Pictures [B, 3, H, W] of the prompts, on the CPU; progress is told where there is more than one chunk."
+    "Pictures [B, 3, H, W] of the prompts, on the CPU; picture i depends on the seed and on i, not on the chunks. Progress is told where there is more than one chunk."
     import torch
     if not prompts: raise UserError("There is no prompt: give at least one, such as 'a red circle left of a blue square'.")
     parts = []
     if len(prompts) > CHUNK: progress("generate", 0, len(prompts))
-    for number, start in enumerate(range(0, len(prompts), CHUNK)):
-        parts.append(model.images(prompts[start:start + CHUNK], seed=seed + number * (LARGEST_SEED + 1), **options).cpu())
+    for start in range(0, len(prompts), CHUNK):
+        parts.append(model.images(prompts[start:start + CHUNK], seed=seed, first=start, **options).cpu())
         if len(prompts) > CHUNK: progress("generate", min(start + CHUNK, len(prompts)), len(prompts))
     return torch.cat(parts)
 
@@ -530,7 +542,7 @@ def reference_rows(folder, reference, device, size=128):
 @dataclass
 class Describe:
     "Parameters, operations and memory of a preset's models, without training or weights."
-    preset: str  # tiny, small, smoke or a .json file
+    preset: str  # tiny, small, their -improved twins, smoke or a .json file
     json: Optional[Path] = None  # file for the description; - prints it
 
     def __call__(self, command):

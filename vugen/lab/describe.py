@@ -18,8 +18,8 @@ from ..train.presets import load_preset
 
 # %% auto #0
 __all__ = ['CAPTION_TOKENS', 'FROZEN', 'gigaflops', 'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts',
-           'latent_decoder_parts', 'language_parts', 'generator_parts', 'Tower', 'parser_parts', 'parts_of',
-           'lit_parts', 'optional_parts', 'stage_memory', 'describe']
+           'latent_decoder_parts', 'language_parts', 'tower_part', 'generator_parts', 'Tower', 'alignment_part',
+           'baseline_parts', 'parser_parts', 'parts_of', 'lit_parts', 'optional_parts', 'stage_memory', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -120,15 +120,20 @@ def language_parts(preset, world, vision):
                    Part("language model", "vlm", model.language_model, speak)]
 
 # %% ../../nbs/lab/describe.ipynb #5160a5cb
-def generator_parts(preset, vision, vlm, reducer):
+def tower_part(name, stage, preset, vlm, dim, grid):  # of the row, of the preset; its SceneVLM; channels and grid of the latents
     "The image tower beside the frozen language model; its prompts are keys and values."
     from vugen.generate.mixture_of_transformers import MixtureOfTransformers, PromptCache
-    options = {key: value for key, value in preset.stage("generator").model.items() if key == "position_scale"}
-    mixture, sizes = MixtureOfTransformers(copy.deepcopy(vlm.language_model), reducer.dim, tuple(vision.grid), **options), vlm.language_model.config
+    options = {key: value for key, value in preset.stage(stage).model.items() if key == "position_scale"}
+    mixture, sizes = MixtureOfTransformers(copy.deepcopy(vlm.language_model), dim, tuple(grid), **options), vlm.language_model.config
     heads, width = sizes.num_key_value_heads, sizes.hidden_size // sizes.num_attention_heads
     def prompts(batch): return [_meta(batch, heads, CAPTION_TOKENS, width) for _ in range(sizes.num_hidden_layers)]
-    def step(batch): return mixture(_meta(batch, mixture.num_tokens, reducer.dim), _meta(batch), PromptCache(prompts(batch), prompts(batch), _meta(batch, CAPTION_TOKENS, dtype=torch.bool))).sum()
-    return [Part("image tower, a step", "generator", Tower(mixture), step)]
+    def step(batch): return mixture(_meta(batch, mixture.num_tokens, dim), _meta(batch), PromptCache(prompts(batch), prompts(batch), _meta(batch, CAPTION_TOKENS, dtype=torch.bool))).sum()
+    return Part(name, stage, Tower(mixture), step)
+
+
+def generator_parts(preset, vision, vlm, reducer):
+    "The tower of VUGEN, in the reduced space of understanding."
+    return [tower_part("image tower, a step", "generator", preset, vlm, reducer.dim, vision.grid)]
 
 
 class Tower(nn.Module):
@@ -137,6 +142,26 @@ class Tower(nn.Module):
         super().__init__()
         for name, part in mixture.named_children():
             if name != "decoder": self.add_module(name, part)
+
+# %% ../../nbs/lab/describe.ipynb #684f2fd6
+def alignment_part(stage, preset, width, vision, grid):  # width of the tower
+    "The head of REPA's loss."
+    from vugen.generate.baselines import alignment_head
+    head, tokens = alignment_head(width, vision.hidden_size, grid, preset.stage(stage).options["alignment_head"]), grid[0] * grid[1]
+    return Part("alignment head", stage, head, lambda batch: head(_meta(batch, tokens, width), _meta(batch, tokens, vision.hidden_size)).sum())
+
+
+def baseline_parts(preset, world, vision, vlm):
+    "The towers of the baselines, in the space of the preset's own VAE, and REPA's head."
+    from vugen.decode.vae import ConvVAE
+    from vugen.generate.latent_spaces import patch_size_for
+    if not {"vae", "generator-decoupled", "generator-repa"} <= set(preset.stages): return []
+    vae = ConvVAE(**preset.stage("vae").model)
+    side, width = world.image_size // vae.factor, vlm.language_model.config.hidden_size
+    patch = patch_size_for((side, side), tuple(vision.grid))
+    grid, dim = (side // patch,) * 2, vae.latent_channels * patch**2
+    towers = [tower_part(f"image tower of {name}, a step", stage, preset, vlm, dim, grid) for name, stage in (("Decoupled", "generator-decoupled"), ("REPA", "generator-repa"))]
+    return [*towers, alignment_part("generator-repa", preset, width, vision, grid)]
 
 # %% ../../nbs/lab/describe.ipynb #d8e795ff
 def parser_parts(preset, world):
@@ -153,7 +178,7 @@ def parts_of(preset):  # Preset
         contrastive, parts = encoder_parts(preset, world)
         reducer, pixels = decoder_parts(preset, world, contrastive.vision)
         vlm, language = language_parts(preset, world, contrastive.vision)
-        return [*parser_parts(preset, world), *parts, *pixels, *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language, *generator_parts(preset, contrastive.vision, vlm, reducer)]
+        return [*parser_parts(preset, world), *parts, *pixels, *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language, *generator_parts(preset, contrastive.vision, vlm, reducer), *baseline_parts(preset, world, contrastive.vision, vlm)]
 
 # %% ../../nbs/lab/describe.ipynb #e02e1fd8
 def lit_parts(preset):
@@ -176,7 +201,8 @@ def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
     except UserError as error: return [], {"lit": str(error)}
 
 # %% ../../nbs/lab/describe.ipynb #8f498020
-FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step")}
+FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
+          **{name: ("vision encoder", "projector", "language model", "VAE") for name in ("generator-decoupled", "generator-repa")}}
 
 
 def stage_memory(stage, part, parts):  # StagePreset and every Part

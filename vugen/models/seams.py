@@ -71,6 +71,7 @@ class Decoder(Protocol):
         latents: torch.Tensor, # [B, N, d]
         num_inference_steps: int = 8, # sampler steps
         seed: int = 0, # of the decoder's own noise
+        first: int = 0, # number of the first picture: picture i has the noise of (seed, first + i)
     ) -> torch.Tensor: ...
 
 # %% ../../nbs/models/seams.ipynb #c92c417f

@@ -6,22 +6,26 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
 
 from ..data.scenes import World, batch as scene_batch, captions, sample_scenes, uniforms
+from ..decode.vae import load_vae
 from ..encode.reducers import load_reducer
 from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
+from ..generate.baselines import AlignedGenerator, alignment_targets, decoupled
 from ..generate.text_to_image import TextToImage, load_pixel_decoder
 from ..generate.vlm import SceneVLM
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
-from .loop import stage_main
+from .loop import stage_main, step_seed
 
 # %% auto #0
-__all__ = ['LatentPool', 'GeneratorStage', 'held_out_prompts', 'evaluate_generator', 'main']
+__all__ = ['STAGES', 'LatentPool', 'GeneratorStage', 'DecoupledStage', 'REPAStage', 'held_out_prompts', 'evaluate_generator',
+           'main']
 
 # %% ../../nbs/train/generator.ipynb #6d2c14b8
 class LatentPool:
@@ -50,18 +54,29 @@ class GeneratorStage:
     about = "Text to image in the reduced space of understanding: a mixture of transformers beside a frozen vision–language model (VUGEN)."
 
     def __init__(self, preset, root):
-        self.preset, self.root, self.part = preset, Path(root), preset.stage("generator")
+        self.preset, self.root, self.part = preset, Path(root), preset.stage(self.name)
         self.world, self.seed, self.options = World.from_dict(preset.world), self.part.recipe.seed, dict(self.part.options)
         self.plain, self.free = (dataclasses.replace(self.world, paraphrase=share) for share in (0.0, self.options.get("paraphrase", self.world.paraphrase)))
 
     def build(self):
         "A tower grown from the language model; the judge is loaded too, so that a missing one is found out now"
-        parts = SceneVLM.from_pretrained(self.root / "vlm"), load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
         self.parser = SceneParser.from_pretrained(self.root / "parser")
-        vlm, reducer, _ = parts
-        model = TextToImage(latent_dim=reducer.dim, grid=tuple(vlm.vision.grid), vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(reducer), **self.part.model).attach(*parts)
-        self.model, self.pool = model, LatentPool(self.latents, self.options.get("pool", 40_000), self.options.get("pool_block", 200))
-        return model
+        self.model = self.grow(SceneVLM.from_pretrained(self.root / "vlm"))
+        self.pool = self.pool_of(self.latents)
+        return self.model
+
+    def grow(self, vlm):
+        "The generator, untrained, on its frozen parts"
+        parts = load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
+        model = TextToImage(latent_dim=parts[0].dim, grid=tuple(vlm.vision.grid), vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(parts[0]), **self.part.model)
+        self.same_start()
+        return model.attach(vlm, *parts)
+
+    def same_start(self):
+        "What a tower draws at random (its time embedding) is the same in every space, whatever was loaded before"
+        torch.manual_seed(step_seed(self.seed, "tower"))
+
+    def pool_of(self, make): return LatentPool(make, self.options.get("pool", 40_000), self.options.get("pool_block", 200))
 
     @torch.no_grad()
     def latents(self, indices):
@@ -83,10 +98,14 @@ class GeneratorStage:
         ids, mask = self.model.vlm.tokenizer.encode(self.prompts(indices), eos=False)
         return {"latents": self.pool[indices], "ids": ids, "mask": mask}
 
+    def draws(self, latents, generator):
+        "Times and noise of a batch; the times are the same in every space"
+        t = sample_time(len(latents), self.options.get("time", "logit-normal"), generator, self.model.shift).to(latents)
+        return t, torch.randn(latents.shape, generator=generator, device=latents.device)
+
     def loss(self, module, batch, generator):
         latents = batch["latents"]
-        t = sample_time(len(latents), self.options.get("time", "logit-normal"), generator, self.model.shift).to(latents)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        t, noise = self.draws(latents, generator)
         loss = module(latents, batch["ids"], batch["mask"], t, noise).mean()
         return loss, {"unexplained": loss.detach() / (latents - noise).square().mean()}
 
@@ -94,6 +113,56 @@ class GeneratorStage:
         module.save_pretrained(out)
         world = dataclasses.replace(self.world, split="test")
         return evaluate_generator(module, self.parser, world, self.options.get("evaluation", 500), self.seed + 1_000_003)
+
+# %% ../../nbs/train/generator.ipynb #656a775f
+class DecoupledStage(GeneratorStage):
+    "Image tower on ROOT/vlm and ROOT/vae; judged by ROOT/parser"
+    name = "generator-decoupled"
+    about = "Baseline Decoupled: the generator's tower, data and steps, but it samples the latents of a VAE (VUGEN, section 4.1)."
+
+    def find_vae(self):
+        "(VAE, its name as seen from the generator's folder): the one in ROOT, or a published one by folder or hub id"
+        name = self.options.get("vae", "vae")
+        if (self.root / name).is_dir() and not Path(name).is_absolute(): return load_vae(self.root / name), f"../{name}"
+        if name == "vae": raise UserError(f"{self.root / name} does not exist: train it with `vugen train vae`, or name a published VAE in options.vae.")
+        return load_vae(name), str(Path(name).resolve() if Path(name).is_dir() else name)
+
+    def grow(self, vlm):
+        vae, name = self.find_vae()
+        self.same_start()
+        model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.part.model)
+        number = self.options.get("statistics", 2048)
+        blocks = (range(start, min(start + 128, number)) for start in range(0, number, 128))
+        model.space.fit_whitening(scene_batch(self.world, self.seed + 1, block)["images"] for block in blocks)
+        return model
+
+# %% ../../nbs/train/generator.ipynb #7ba53fc9
+class REPAStage(DecoupledStage):
+    "Decoupled with an aligned tower; ROOT/vlm names the encoder that it is aligned to"
+    name = "generator-repa"
+    about = "Baseline REPA: Decoupled, with an inner layer of the tower aligned to the understanding encoder's tokens of the real picture (VUGEN, section 4.1)."
+
+    def build(self):
+        model = super().build()
+        self.kept = self.pool_of(self.targets) if self.options.get("keep_targets", True) else None
+        return AlignedGenerator(model, self.options.get("alignment_layer", 0), self.options.get("alignment_head", "mlp"))
+
+    def targets(self, indices):
+        "The encoder's tokens of scenes, in half precision on the CPU"
+        images = scene_batch(self.world, self.seed, [index % self.pool.size for index in indices])["images"].to(self.model.device)
+        return alignment_targets(self.model.vlm.vision, images, self.model.mixture.num_tokens, self.options.get("alignment_targets", "plain")).half().cpu()
+
+    def batch(self, indices): return {**super().batch(indices), "targets": self.kept[indices] if self.kept else self.targets(indices)}
+
+    def loss(self, module, batch, generator):
+        latents = batch["latents"]
+        t, noise = self.draws(latents, generator)
+        error, alignment = module(latents, batch["ids"], batch["mask"], t, noise, batch["targets"])
+        flow = error.mean()
+        metrics = {"unexplained": flow.detach() / (latents - noise).square().mean(), "alignment": alignment.detach()}
+        return flow + self.options.get("alignment_weight", .5) * alignment, metrics
+
+    def finish(self, module, out): return super().finish(module.model, out)
 
 # %% ../../nbs/train/generator.ipynb #de668401
 def held_out_prompts(
@@ -109,12 +178,11 @@ def held_out_prompts(
 
 # %% ../../nbs/train/generator.ipynb #e322e49d
 def _draw_all(model, prompts, seed, batch_size, **options):
-    "Pictures of many prompts, in batches whose noises differ"
-    parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    return torch.cat([model.images(part, seed=seed + number, **options) for number, part in enumerate(parts)])
+    "Pictures of many prompts, in batches; picture i depends on the seed and on i alone"
+    return torch.cat([model.images(prompts[start : start + batch_size], seed=seed, first=start, **options) for start in range(0, len(prompts), batch_size)])
 
 def evaluate_generator(
-    model: TextToImage, # with its pixel decoder
+    model: TextToImage, # with what paints its latents
     parser: SceneParser, # trained
     world: World, # of the test split
     count: int, # prompts
@@ -130,8 +198,16 @@ def evaluate_generator(
                 "generated, free wording": prompt_accuracy(parser, other_images, free[: len(other_images)]), "rendered": parser_accuracy(parser, pairs, seed + 1, range(count))}
     return [{"images": source, "suite": "scenes", "category": "two objects", **row} for source, rows in measured.items() for row in rows]
 
-def main():
-    "`python -m vugen.train.generator --preset tiny`"
-    stage_main(GeneratorStage)
+STAGES = {stage.name: stage for stage in (GeneratorStage, DecoupledStage, REPAStage)}
+
+def main(argv=None): # words of the command line; default sys.argv
+    "`python -m vugen.train.generator [--stage generator-decoupled] --preset tiny`; without `--stage`, VUGEN's own"
+    words, name = list(sys.argv[1:] if argv is None else argv), "generator"
+    if "--stage" in words:
+        place = words.index("--stage")
+        name, words = (words[place + 1] if place + 1 < len(words) else ""), words[:place] + words[place + 2:]
+    if name in STAGES: return stage_main(STAGES[name], argv=words)
+    print(f"vugen train generator: there is no stage {name!r} here: choose one of {', '.join(STAGES)}.", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not inside a notebook

@@ -341,6 +341,16 @@ SCORERS = {
     "bag-of-words": (None, lambda parts: BagOfWordsScorer(parts.captions)),
 }
 
+# %% ../../nbs/understand/scorers.ipynb #59472a3b
+def _baseline_scorer(stage, name): # folder of a generator; name in tables
+    def load(parts):
+        from vugen.generate.text_to_image import TextToImage
+        generator = TextToImage.from_pretrained(parts.root / stage, vlm=parts.vlm)
+        return DenoisingScorer(generator, generator.encode_images, name)
+    return stage, load
+
+SCORERS.update({f"denoising-{kind}": _baseline_scorer(f"generator-{kind}", f"denoising-{kind}") for kind in ("decoupled", "repa")})
+
 # %% ../../nbs/understand/scorers.ipynb #2e1b306d
 def scorer_names(
     names: str | Sequence[str],  # "all", one name, names with commas between them, or a list
