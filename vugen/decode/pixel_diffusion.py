@@ -360,6 +360,16 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
         "The velocity alone."
         return self(x_t, t, latents)[0]
 
+    def paint(self,
+              noise: torch.Tensor,  # [B,3,H,W], standard Gaussian
+              latents: torch.Tensor,  # [B,N,d]
+              num_inference_steps: int,  # Euler steps
+              callback=None,  # as for `decode`
+              ) -> torch.Tensor:  # [B,3,H,W] in [0,1]
+        "From this noise to the pictures that the latents describe."
+        field = with_estimates(lambda x_t, t: self.velocity(x_t, t, latents), callback)
+        return to_unit(euler(field, noise, num_inference_steps))
+
     @torch.no_grad()
     def decode(self,
                latents: torch.Tensor,  # [B,N,d], N a square number
@@ -370,8 +380,7 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
         "Paint the pictures that the latents describe, from pure noise."
         side = square_grid(latents.shape[1]) * self.factor
         noise = noise_for(seed, range(len(latents)), (3, side, side)).to(latents)
-        field = with_estimates(lambda x_t, t: self.velocity(x_t, t, latents), callback)
-        return to_unit(euler(field, noise, self.num_inference_steps if num_inference_steps is None else num_inference_steps))
+        return self.paint(noise, latents, self.num_inference_steps if num_inference_steps is None else num_inference_steps, callback)
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #7bd51303
 def build_size(size: str,  # key of `SIZES`

@@ -112,7 +112,7 @@ def _replace_in(tree, path, value, whole):
 
 # %% ../../nbs/train/presets.ipynb #df3fa411
 _LOSSES = dict(perceptual_weight=0.5, perceptual_size=64, alignment_weight=0.25, alignment_head="repa", time="logit-normal")
-OPTIONAL = {"decoder": dict(_LOSSES, feature_weight=0.0), "decoder-pca": _LOSSES}  # {stage: {option: its value unless set}}
+OPTIONAL = {"decoder": dict(_LOSSES, feature_weight=0.0), "decoder-pca": _LOSSES, "distill": _LOSSES, "decoder-feedforward": _LOSSES}  # {stage: {option: its value unless set}}
 
 def _with_optional(tree, stage, path):  # path: such as ["options", "feature_weight"]
     "The preset as a dict, with the option at `path` in it if the stage knows it."
@@ -233,6 +233,27 @@ SMALL = _merged(TINY, {
     "generator": dict(recipe=dict(steps=40_000, batch_size=256, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.9999, checkpoint_every=2000, log_every=100), options=dict(pool=400_000)),
     "lit": dict(model=dict(image_size=224, regions=2), recipe=dict(steps=3000, batch_size=512, checkpoint_every=500), options=dict(pictures=50_000, evaluation=2000, world=dict(image_size=224, emoji_share=0.75, counts={1: 0.25, 2: 0.75}, emoji=("all",)))),
 })
+
+# %% ../../nbs/train/presets.ipynb #9f203443
+_ONE_STEP = dict(mixture=_PIXELS["options"]["mixture"], perceptual="none", alignment="none", latent_noise=0.1, weights="fp16", evaluation=500)
+TINY.update({
+    "distill": StagePreset(
+        model=dict(),  # the teacher's
+        recipe=Recipe(steps=3500, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+        options=dict(_ONE_STEP, teacher="decoder", teacher_steps=8, pool=8000, pool_block=200)),
+    "decoder-feedforward": StagePreset(
+        model=dict(base_channels=16, multipliers=(1, 2, 3, 3), num_layers=2, shuffle_channels=8),
+        recipe=Recipe(steps=3000, batch_size=16, learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+        options=dict(_ONE_STEP, reducer="decoder")),
+})
+_SCENES = dict(mixture=dict(scenes=1.0), evaluation=4)
+SMOKE.update(_merged({name: TINY[name] for name in ("distill", "decoder-feedforward")}, {
+    "distill": dict(recipe=_SECONDS, options=dict(_SCENES, pool=16, pool_block=8)),
+    "decoder-feedforward": dict(model=dict(base_channels=8, num_layers=1), recipe=_SECONDS, options=_SCENES)}))
+_JUDGED = dict(_LARGER["options"], weights="fp32")
+SMALL.update(_merged({name: TINY[name] for name in ("distill", "decoder-feedforward")}, {
+    "distill": dict(recipe=dict(_LARGER["recipe"], steps=5000, learning_rate=2e-4), options=dict(_JUDGED, pool=64_000)),
+    "decoder-feedforward": dict(_LARGER, options=_JUDGED)}))
 
 # %% ../../nbs/train/presets.ipynb #9d20c124
 PRESETS = {
