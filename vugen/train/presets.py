@@ -239,8 +239,8 @@ _ONE_STEP = dict(mixture=_PIXELS["options"]["mixture"], perceptual="none", align
 TINY.update({
     "distill": StagePreset(
         model=dict(),  # the teacher's
-        recipe=Recipe(steps=2000, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
-        options=dict(_ONE_STEP, teacher="decoder", teacher_steps=8, pool=6000, pool_block=200)),
+        recipe=Recipe(steps=1500, batch_size=16, learning_rate=1e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
+        options=dict(_ONE_STEP, teacher="decoder", teacher_steps=8, pool=4000, pool_block=200)),
     "decoder-feedforward": StagePreset(
         model=dict(base_channels=16, multipliers=(1, 2, 3, 3), num_layers=2, shuffle_channels=8),
         recipe=Recipe(steps=3000, batch_size=16, learning_rate=1.5e-3, weight_decay=0.01, schedule="cosine", ema_decay=0.995, checkpoint_every=250, log_every=25),
