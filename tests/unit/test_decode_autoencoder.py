@@ -13,7 +13,7 @@ from vugen.models.vit import VisionTransformer
 from vugen.train.decoder import (
     HELD_OUT, DecoderPCAStage, DecoderStage, DecoderTraining, Pictures, add_latent_noise, batch_whiten, draw_kinds, photograph_crop,
 )
-from vugen.train.presets import Preset, Recipe, StagePreset, load_preset
+from vugen.train.presets import Preset, Recipe, StagePreset, load_preset, override
 
 WORLD = load_preset("tiny").world
 
@@ -92,6 +92,40 @@ def test_latent_noise_is_bounded_and_repeatable():
     strengths = noised.flatten(1).std(1)
     assert strengths.max() < 0.45 and strengths.min() < 0.05 and abs(strengths.mean() - 0.2) < 0.03
     assert torch.equal(noised, add_latent_noise(latents, 0.4, torch.Generator().manual_seed(0))) and add_latent_noise(latents, 0, None) is latents
+
+
+def test_latent_noise_has_a_uniform_deviation():
+    "Noise-augmented training as in FACTS: σ ~ U(0, 0.8), drawn for each picture, on whitened latents."
+    from scipy.stats import kstest
+    strengths = add_latent_noise(torch.zeros(500, 64, 8), 0.8, torch.Generator().manual_seed(1)).flatten(1).std(1)
+    assert kstest(strengths.numpy() / 0.8, "uniform").pvalue > 0.01
+
+
+def test_rebuilding_tokens_regularises_the_reducer_and_its_head_is_not_shipped(tmp_path):
+    torch.manual_seed(0)
+    part = StagePreset(dict(base_channels=8, num_layers=1), Recipe(steps=1, batch_size=4), dict(mixture={"scenes": 1.0}, statistics=64, evaluation=4, feature_weight=0.5))
+    stage = DecoderStage(Preset("test", WORLD, {"decoder": part}), tmp_path, encoder=vision())
+    module, images = stage.build(), stage.batch(range(4))["images"]
+    loss, metrics = module(images, torch.Generator().manual_seed(0))
+    tokens = module.encoder(images).tokens.double()
+    wanted = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    by_hand = (module.token_head(module.latents(images)).double() - wanted).square().mean()
+    assert metrics["features"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(metrics["flow"].item() + 0.5 * by_hand.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(module.rebuild(module.latents(images), module.tokens(images)), module.reducer.layers[-1].weight)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad(): stage.finish(module.eval(), tmp_path / "decoder")
+    assert sorted(path.name for path in (tmp_path / "decoder").iterdir()) == ["encoder.json", "pixel_decoder", "reducer"]
+    assert not any("head" in name for name in PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder).state_dict())
+    with pytest.raises(UserError, match="PCA does not"): DecoderPCAStage(Preset("test", WORLD, {"decoder-pca": part}), tmp_path, encoder=vision()).build()
+
+
+def test_options_beside_the_preset_can_be_set_and_misspelt_ones_not():
+    changed = override(load_preset("tiny"), "decoder", {"options.feature_weight": "0.1", "options.latent_noise": "0.8", "options.alignment_head": "irepa"})
+    assert changed.stage("decoder").options["feature_weight"] == 0.1 and changed.stage("decoder").options["alignment_head"] == "irepa"
+    assert "feature_weight" not in load_preset("tiny").stage("decoder").options
+    with pytest.raises(UserError, match="feature_wait"): override(load_preset("tiny"), "decoder", {"options.feature_wait": "0.1"})
+    with pytest.raises(UserError, match="feature_weight"): override(load_preset("tiny"), "vlm", {"options.feature_weight": "0.1"})
 
 
 def test_the_encoder_and_a_pca_reducer_are_frozen_and_the_mlp_learns():

@@ -132,3 +132,55 @@ def test_reducers_refuse_with_a_sentence(tmp_path):
     with pytest.raises(UserError, match="config.json"): load_reducer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"class": "VisionTransformer"}))
     with pytest.raises(UserError, match="holds a VisionTransformer"): load_reducer(tmp_path)
+
+
+@pytest.mark.parametrize("ratio, dim", [(1, 128), (2, 64), (4, 32), (8, 16), (16, 8), (32, 4)])
+def test_mlp_reducer_of_every_ratio_trains_jointly(ratio, dim):
+    from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
+    from vugen.models.vit import VisionTransformer
+    from vugen.train.decoder import DecoderStage, DecoderTraining
+    from vugen.train.presets import Preset, Recipe, StagePreset, load_preset
+    torch.manual_seed(0)
+    encoder = VisionTransformer(hidden_size=128, num_layers=1, num_heads=2)
+    part = StagePreset(dict(ratio=ratio, base_channels=8, num_layers=1), Recipe(steps=1, batch_size=2), dict(mixture={"scenes": 1.0}))
+    module = DecoderStage(Preset("test", load_preset("tiny").world, {"decoder": part}), "unused", encoder=encoder).build()
+    assert isinstance(module, DecoderTraining) and isinstance(module.decoder, PixelDiffusionDecoder)
+    assert (module.reducer.dim, module.reducer.ratio, module.decoder.latent_dim) == (dim, ratio, dim)
+    optimizer, before = torch.optim.SGD(module.parameters(), 0.1), module.reducer.layers[1].weight.clone()
+    for step in range(4):                                    # zero-initialised layers pass gradients on one after another
+        loss, _ = module(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(step))
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    assert torch.isfinite(loss) and not torch.equal(module.reducer.layers[1].weight, before)
+
+
+def test_pca_streams_in_constant_memory():
+    reducer, seen = PCAReducer(24, 3), []
+    held = lambda: sum(value.numel() for value in vars(reducer.moments).values() if torch.is_tensor(value)) + sum(value.numel() for value in reducer.state_dict().values())
+    for seed in range(40):
+        reducer.partial_fit(tokens(50, seed=0) + seed)
+        seen.append(held())
+    assert len(set(seen)) == 1 and reducer.moments.count == 2000 and seen[0] < 24 * 24 + 200
+
+
+@pytest.mark.parametrize("sizes", [[1] * 30, [1, 28, 1], [7, 0, 23]])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_pca_equals_scikit_learn_however_the_stream_is_cut(sizes, offset):
+    "Fewer tokens than would fill the space twice, single tokens, an empty batch, and a mean far from 0."
+    data = tokens(30) + offset
+    reducer = PCAReducer(24, 5)
+    for part in data.split(sizes): reducer.partial_fit(part)
+    reducer.finalize()
+    theirs = PCA(5, svd_solver="full").fit(data.double().numpy())
+    np.testing.assert_allclose(reducer.components, theirs.components_, atol=1e-5)
+    np.testing.assert_allclose(reducer.explained_variance, theirs.explained_variance_, rtol=1e-5)
+    np.testing.assert_allclose(reducer.decode_raw(reducer.encode_raw(data)), theirs.inverse_transform(theirs.transform(data.double().numpy())), atol=2e-3)
+
+
+def test_whitening_stays_frozen_while_weights_move():
+    data = tokens()
+    reducer = MLPReducer(24, 4).fit_whitening([data])
+    before = reducer.latent_mean.clone(), reducer.latent_std.clone()
+    optimizer = torch.optim.SGD(reducer.parameters(), 0.1)
+    reducer.train().encode(data).square().mean().backward(), optimizer.step()
+    assert torch.equal(reducer.latent_mean, before[0]) and torch.equal(reducer.latent_std, before[1])
+    assert not {"latent_mean", "latent_std"} & {name for name, _ in reducer.named_parameters()}

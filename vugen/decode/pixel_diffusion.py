@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIZES', 'match_grid', 'zero_init', 'group_norm', 'scale_shift', 'ContextModulation', 'ResBlock', 'relative_index',
            'RelativeAttention', 'GEGLU', 'GridBlock', 'GridTransformer', 'DownPath', 'skip_widths', 'UpPath',
-           'linear_velocity', 'noise_for', 'upsampling_factor', 'square_grid', 'to_signed', 'to_unit', 'Conditioning',
-           'UViT', 'with_estimates', 'LatentStretch', 'PixelDiffusionDecoder', 'build_size', 'describe_sizes',
-           'gflops_per_image']
+           'linear_velocity', 'noise_for', 'upsampling_factor', 'square_grid', 'latent_map', 'to_signed', 'to_unit',
+           'context_layers', 'Conditioning', 'UViT', 'with_estimates', 'LatentStretch', 'PixelDiffusionDecoder',
+           'build_size', 'describe_sizes', 'gflops_per_image']
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #db5db0a8
 import itertools
@@ -73,21 +73,21 @@ class ContextModulation(nn.Module):
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #0d5e97aa
 class ResBlock(nn.Module):
-    "GroupNorm·context → SiLU → conv → GroupNorm·time → SiLU → conv, plus the input."
+    "GroupNorm·context → SiLU → conv → GroupNorm·time → SiLU → conv, plus the input; with `time_dim` 0 no time is read."
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, context_dim: int):
         super().__init__()
         self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
         self.context = ContextModulation(context_dim, in_channels)
-        self.time = nn.Linear(time_dim, 2 * out_channels)
+        self.time = nn.Linear(time_dim, 2 * out_channels) if time_dim else None
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time, context):
-        "`x` [B,C,H,W], `time` [B,time_dim], `context` [B,context_dim,h,w] → [B,out_channels,H,W]."
+        "`x` [B,C,H,W], `time` [B,time_dim] or None, `context` [B,context_dim,h,w] → [B,out_channels,H,W]."
         h = scale_shift(self.norm1(x), self.context(context, x.shape[-2:]))
         h = self.norm2(self.conv1(F.silu(h)))
-        h = scale_shift(h, self.time(time)[:, :, None, None])
+        if self.time is not None: h = scale_shift(h, self.time(time)[:, :, None, None])
         return self.skip(x) + self.conv2(F.silu(h))
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #77c86442
@@ -244,6 +244,15 @@ def square_grid(num_tokens: int) -> int:
     if side * side != num_tokens: raise UserError(f"{num_tokens} latents do not fill a square grid; drop class or register tokens first.")
     return side
 
+def latent_map(latents: torch.Tensor,  # [B,N,d]
+               latent_dim: int,  # the d that is wanted
+               ) -> torch.Tensor:  # [B,d,h,w], h = w
+    "Latents laid out on their square grid."
+    if latents.ndim != 3 or latents.shape[-1] != latent_dim:
+        raise UserError(f"Latents of shape {tuple(latents.shape)} do not fit this decoder: it wants [B, N, {latent_dim}], from the reducer it was trained with.")
+    side = square_grid(latents.shape[1])
+    return latents.transpose(1, 2).unflatten(2, (side, side))
+
 # %% ../../nbs/decode/pixel_diffusion.ipynb #3a5f1d5b
 def to_signed(images: torch.Tensor) -> torch.Tensor:
     "[0, 1] → [-1, 1]."
@@ -254,14 +263,17 @@ def to_unit(signed: torch.Tensor) -> torch.Tensor:
     return ((signed + 1) / 2).clamp(0, 1)
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #ff6b7e32
+def context_layers(latent_dim: int, context_dim: int) -> nn.Sequential:
+    "Latents [B,latent_dim,h,w] → conv, SiLU, conv → context map [B,context_dim,h,w]."
+    return nn.Sequential(nn.Conv2d(latent_dim, context_dim, 3, padding=1), nn.SiLU(), nn.Conv2d(context_dim, context_dim, 3, padding=1))
+
 class Conditioning(nn.Module):
     "Time → sinusoid → MLP, and latents → conv, SiLU, conv → context map."
     def __init__(self, latent_dim: int, base_channels: int, context_dim: int):
         super().__init__()
         self.base_channels, self.time_dim, self.context_dim = base_channels, 2 * base_channels, context_dim
         self.time = nn.Sequential(nn.Linear(base_channels, self.time_dim), nn.SiLU(), nn.Linear(self.time_dim, self.time_dim), nn.SiLU())
-        self.context = nn.Sequential(nn.Conv2d(latent_dim, context_dim, 3, padding=1), nn.SiLU(),
-                                     nn.Conv2d(context_dim, context_dim, 3, padding=1))
+        self.context = context_layers(latent_dim, context_dim)
 
     def forward(self, t, grid):
         "Times [B] and latents [B,d,h,w] → [B,time_dim] and [B,context_dim,h,w]."
@@ -322,26 +334,20 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
                  window: int = 8,  # reach of the learned relative position bias
                  precondition: float = 0.0,  # second moment of the data for the linear guess; 0 = off
                  shuffle_channels: int = 0,  # channels of the sub-pixel stretch of the latents; 0 = off
+                 num_inference_steps: int = 8,  # what `decode` takes where none are named: 8 as published, 1 after distillation
                  ):
         super().__init__()
         self.factor, self.precondition = upsampling_factor(image_size, grid_size), precondition
-        self.image_size, self.grid_size, self.latent_dim = image_size, grid_size, latent_dim
+        self.image_size, self.grid_size, self.latent_dim, self.num_inference_steps = image_size, grid_size, latent_dim, num_inference_steps
         self.conditioning = Conditioning(latent_dim, base_channels, context_dim or base_channels)
         self.stretch = LatentStretch(latent_dim, self.factor, shuffle_channels)
         self.network = UViT(3 + self.stretch.channels, [base_channels * m for m in multipliers], num_layers,
                             self.conditioning.time_dim, self.conditioning.context_dim, window)
         self.hidden_size, self.alignment_layer = base_channels * multipliers[-1], min(4, max(num_layers // 2, 1))
 
-    def latent_map(self, latents):
-        "[B,N,d] → [B,d,h,w]."
-        if latents.ndim != 3 or latents.shape[-1] != self.latent_dim:
-            raise UserError(f"Latents of shape {tuple(latents.shape)} do not fit this decoder: it wants [B, N, {self.latent_dim}], from the reducer it was trained with.")
-        side = square_grid(latents.shape[1])
-        return latents.transpose(1, 2).unflatten(2, (side, side))
-
     def forward(self, x_t, t, latents):
         "Velocity [B,3,H,W] and the transformer's tokens [B,M,hidden_size] that feature alignment reads."
-        grid = self.latent_map(latents)
+        grid = latent_map(latents, self.latent_dim)
         stacked = torch.cat([x_t, self.stretch(grid, x_t.shape[-2:])], 1)
         velocity, hidden = self.network(stacked, *self.conditioning(t, grid), capture=self.alignment_layer)
         return velocity + (linear_velocity(x_t, t, self.precondition) if self.precondition else 0), hidden
@@ -354,10 +360,20 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
         "The velocity alone."
         return self(x_t, t, latents)[0]
 
+    def paint(self,
+              noise: torch.Tensor,  # [B,3,H,W], standard Gaussian
+              latents: torch.Tensor,  # [B,N,d]
+              num_inference_steps: int,  # Euler steps
+              callback=None,  # as for `decode`
+              ) -> torch.Tensor:  # [B,3,H,W] in [0,1]
+        "From this noise to the pictures that the latents describe."
+        field = with_estimates(lambda x_t, t: self.velocity(x_t, t, latents), callback)
+        return to_unit(euler(field, noise, num_inference_steps))
+
     @torch.no_grad()
     def decode(self,
                latents: torch.Tensor,  # [B,N,d], N a square number
-               num_inference_steps: int = 8,  # Euler steps
+               num_inference_steps: int | None = None,  # Euler steps; the decoder's own number where none is named
                seed: int = 0,  # picture i starts from noise (seed, first + i)
                callback=None,  # called as callback(step, t, estimate [B,3,H,W] in [0,1]) at each evaluation
                first: int = 0,  # number of the first picture, where many are painted in parts
@@ -365,8 +381,7 @@ class PixelDiffusionDecoder(nn.Module, PretrainedMixin):
         "Paint the pictures that the latents describe, from pure noise."
         side = square_grid(latents.shape[1]) * self.factor
         noise = noise_for(seed, range(first, first + len(latents)), (3, side, side)).to(latents)
-        field = with_estimates(lambda x_t, t: self.velocity(x_t, t, latents), callback)
-        return to_unit(euler(field, noise, num_inference_steps))
+        return self.paint(noise, latents, self.num_inference_steps if num_inference_steps is None else num_inference_steps, callback)
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #7bd51303
 def build_size(size: str,  # key of `SIZES`

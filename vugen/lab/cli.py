@@ -25,11 +25,11 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'checkpoint_fingerprints', 'run_record', 'write_json', 'delivery', 'root_of', 'pick_device', 'show_rows',
            'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate',
            'check_generate', 'generator_in', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
-           'read_images', 'Reconstruct', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify',
-           'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size',
-           'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts',
-           'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'Play', 'overview', 'bare_json', 'gather',
-           'read_verb', 'command_of', 'run_verb', 'main']
+           'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
+           'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers',
+           'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
+           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'Play', 'overview', 'bare_json',
+           'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -139,8 +139,8 @@ def check_prompts(prompts):
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
-          "decoder-pca": "decoder:DecoderPCAStage", "vae": "latent_decoder:VAEStage", "decoder-ldm": "latent_decoder:LatentDecoderStage", "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage",
-          "generator-decoupled": "generator:DecoupledStage", "generator-repa": "generator:REPAStage"}
+          "decoder-pca": "decoder:DecoderPCAStage", "distill": "distill:DistillStage", "decoder-feedforward": "distill:FeedForwardStage", "vae": "latent_decoder:VAEStage", "decoder-ldm": "latent_decoder:LatentDecoderStage",
+          "vlm": "vlm:VLMStage", "generator": "generator:GeneratorStage", "generator-decoupled": "generator:DecoupledStage", "generator-repa": "generator:REPAStage"}
 
 
 def stage_class(name):  # a key of STAGES
@@ -153,7 +153,7 @@ def stage_class(name):  # a key of STAGES
 @dataclass
 class Train:
     "Train one stage of a preset."
-    stage: str  # parser, contrastive, lit, decoder, decoder-pca, vae, decoder-ldm, vlm, generator, generator-decoupled or generator-repa
+    stage: str  # one of `STAGES`: parser, contrastive, lit, decoder, decoder-pca, distill, decoder-feedforward, vae, decoder-ldm, vlm, generator, generator-decoupled or generator-repa
     preset: str = "tiny"  # tiny, small, their -improved twins, smoke or a .json file
     root: Optional[Path] = None  # folder of the preset's checkpoints; default the package's own
     out: Optional[Path] = None  # checkpoint folder to make; default ROOT/STAGE
@@ -269,17 +269,21 @@ RECONSTRUCTIONS = {"learned": "decoder", "pca": "decoder-pca"}
 
 @dataclass
 class Reconstruct:
-    "Send pictures through the reduced latents and back: original, PCA reducer, learned reducer."
-    images: tuple[Path, ...]  # image files
+    "Send pictures through the reduced latents and back: original, PCA reducer, learned reducer; or compare the decoders on the same latents."
+    images: tuple[Path, ...]  # image files; with --compare none are needed, held-out pictures are taken
     out: Path = Path("reconstructed")  # folder for the pictures and reconstruct.json
     steps: int = 8  # steps of the pixel decoder
     seed: int = 0  # of its noise
     size: int = 256  # side of each panel in pixels
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
+    compare: bool = False  # PSNR of the decoders with many steps, with one, distilled and without diffusion, on the same latents; no pictures are written
+    limit: int = 500  # held-out scenes to compare on; a third as many emoji and photographs
+    json: Optional[Path] = None  # file for the rows of --compare; - prints them
 
     def __call__(self, command):
         check_number("--steps", self.steps, 1, MOST_STEPS); check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--size", self.size, 16, LARGEST_SIDE)
+        if self.compare: return compare_verb(self, command)
         root, device, pictures = root_of(self.root), pick_device(self.device), read_pictures(self.images)
         from vugen.decode.autoencoder import PixelAutoencoder
         found = {name: PixelAutoencoder.from_pretrained(root, folder).to(device) for name, folder in RECONSTRUCTIONS.items() if (root / folder).is_dir()}
@@ -287,6 +291,16 @@ class Reconstruct:
         results = [reconstruct_one(found, picture, self.steps, self.seed) for picture in pictures]
         run = run_record(command, self.seed, root, device, num_inference_steps=self.steps)
         show_rows(save_reconstructions(results, self.images, run, self.out, self.size))
+
+# %% ../../nbs/lab/cli.ipynb #6879982f
+def compare_verb(verb, command):  # Reconstruct
+    "Compare the decoders that the root holds, on the named pictures or on held-out ones."
+    check_number("--limit", verb.limit, 2)
+    root, device = root_of(verb.root), pick_device(verb.device)
+    from vugen.train.distill import compare_decoders, picture_size
+    images = {"files": read_images(verb.images, picture_size(root))} if verb.images else None
+    rows, notes = compare_decoders(root, images, verb.limit, verb.steps, verb.seed, device, Counter())
+    report(verb.json, rows, run_record(command, verb.seed, root, device, num_inference_steps=verb.steps, notes=notes))
 
 # %% ../../nbs/lab/cli.ipynb #85eadf51
 def reconstruct_one(autoencoders, picture, steps, seed):

@@ -18,8 +18,9 @@ from ..train.presets import load_preset
 
 # %% auto #0
 __all__ = ['CAPTION_TOKENS', 'FROZEN', 'gigaflops', 'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts',
-           'latent_decoder_parts', 'language_parts', 'tower_part', 'generator_parts', 'Tower', 'alignment_part',
-           'baseline_parts', 'parser_parts', 'parts_of', 'lit_parts', 'optional_parts', 'stage_memory', 'describe']
+           'latent_decoder_parts', 'one_step_parts', 'language_parts', 'tower_part', 'generator_parts', 'Tower',
+           'alignment_part', 'baseline_parts', 'parser_parts', 'parts_of', 'lit_parts', 'optional_parts',
+           'stage_memory', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -107,6 +108,18 @@ def latent_decoder_parts(preset, world, vision, reducer):
     return [Part("VAE", "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, world.image_size)).mean).sum()),
             Part("latent diffusion decoder, a step", "decoder-ldm", decoder, lambda batch: decoder(_meta(batch, vae.latent_channels, side, side), _meta(batch) + 1, _meta(batch, tokens, reducer.dim)).sum())]
 
+# %% ../../nbs/lab/describe.ipynb #93e891e3
+def one_step_parts(preset, world, vision, reducer):
+    "The pixel decoder's student and the feed-forward decoder, where the preset has them."
+    if "distill" not in preset.stages: return []
+    from vugen.decode.feed_forward import FeedForwardDecoder
+    from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
+    shared, tokens = dict(latent_dim=reducer.dim, image_size=world.image_size, grid_size=vision.grid[0]), vision.grid[0] * vision.grid[1]
+    student = PixelDiffusionDecoder(**shared, **{key: value for key, value in preset.stage("decoder").model.items() if key != "ratio"})
+    plain = FeedForwardDecoder(**shared, **preset.stage("decoder-feedforward").model)
+    return [Part("distilled decoder, its one step", "distill", student, lambda batch: student(_pictures(batch, world.image_size), _meta(batch), _meta(batch, tokens, reducer.dim))[0].sum()),
+            Part("feed-forward decoder", "decoder-feedforward", plain, lambda batch: plain(_meta(batch, tokens, reducer.dim))[0].sum())]
+
 # %% ../../nbs/lab/describe.ipynb #70b2196c
 def language_parts(preset, world, vision):
     "Projector and language model; their input is one picture and a caption."
@@ -178,7 +191,8 @@ def parts_of(preset):  # Preset
         contrastive, parts = encoder_parts(preset, world)
         reducer, pixels = decoder_parts(preset, world, contrastive.vision)
         vlm, language = language_parts(preset, world, contrastive.vision)
-        return [*parser_parts(preset, world), *parts, *pixels, *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language, *generator_parts(preset, contrastive.vision, vlm, reducer), *baseline_parts(preset, world, contrastive.vision, vlm)]
+        return [*parser_parts(preset, world), *parts, *pixels, *one_step_parts(preset, world, contrastive.vision, reducer), *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language,
+                *generator_parts(preset, contrastive.vision, vlm, reducer), *baseline_parts(preset, world, contrastive.vision, vlm)]
 
 # %% ../../nbs/lab/describe.ipynb #e02e1fd8
 def lit_parts(preset):
@@ -213,6 +227,9 @@ def stage_memory(stage, part, parts):  # StagePreset and every Part
     found = {"weights": 4 * (sum(each.parameters() for each in own) + frozen), "gradients": 4 * trainable, "moments": 8 * trainable,
              "ema": 4 * trainable if recipe.ema_decay else 0, "activations": sum(saved_bytes(lambda each=each: each.run(micro), each.module) for each in own)}
     return {**found, "total": sum(found.values())}
+
+# %% ../../nbs/lab/describe.ipynb #5d3b711d
+FROZEN.update({"distill": ("vision encoder", "reducer", "pixel decoder, a step"), "decoder-feedforward": ("vision encoder", "reducer")})
 
 # %% ../../nbs/lab/describe.ipynb #e321a5ea
 def describe(name: str = "tiny") -> dict:  # a preset's name or .json file

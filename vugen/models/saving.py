@@ -109,11 +109,11 @@ class PretrainedMixin:
         "The keyword arguments that rebuild this model."
         return dict(self.__dict__.get("_config", {}))
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        "Write `config.json` and `model.safetensors` into `folder` (made if needed), each whole or not at all."
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        "Write `config.json` and `model.safetensors` into `folder` (made if needed), each whole or not at all; `dtype` is that of the file's floating numbers."
         from safetensors.torch import save_file
         folder, skip = Path(folder), _unsaved(self)
-        weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if k not in skip}
+        weights = {k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous().clone() for k, v in self.state_dict().items() if k not in skip}
         with atomic_path(folder / WEIGHTS_FILE) as temporary: save_file(weights, temporary, metadata={"format": "pt"})
         with atomic_path(folder / CONFIG_FILE) as temporary:
             temporary.write_text(json.dumps({"class": type(self).__name__, **self.config}, indent=1) + "\n", encoding="utf-8")

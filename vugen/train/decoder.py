@@ -34,8 +34,8 @@ from .presets import Preset
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'EVALUATION_STEPS', 'STAGES', 'draw_kinds', 'scene_images', 'emoji_world', 'load_photographs',
-           'photograph_crop', 'Pictures', 'batch_whiten', 'add_latent_noise', 'DecoderTraining', 'psnr_rows',
-           'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
+           'photograph_crop', 'Pictures', 'batch_whiten', 'add_latent_noise', 'token_head', 'DecoderTraining',
+           'psnr_rows', 'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
 
 # %% ../../nbs/train/decoder.ipynb #b8379b23
 def draw_kinds(mixture: dict,  # {"scenes": share, "emoji": share, "photographs": share}
@@ -113,39 +113,64 @@ def add_latent_noise(latents: torch.Tensor,  # [B,N,d], unit variance
     return latents + torch.randn(latents.shape, **draw) * torch.rand(len(latents), 1, 1, **draw) * strength
 
 # %% ../../nbs/train/decoder.ipynb #04a1291c
+def token_head(dim: int, hidden_size: int) -> nn.Sequential:
+    "A two-layer SiLU MLP from latents [..., dim] to tokens [..., hidden_size]; it serves training alone."
+    return nn.Sequential(nn.Linear(dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
 class DecoderTraining(nn.Module):
     "Frozen encoder, reducer, decoder and the frozen judges of its losses; calling it gives (loss, metrics)."
-    def __init__(self, encoder, reducer, decoder: PixelDiffusionDecoder, perceptual=None, target_encoder=None, options: dict | None = None):
+    def __init__(self, encoder, reducer, decoder, perceptual=None, target_encoder=None, options: dict | None = None):
         super().__init__()
         self.encoder, self.reducer, self.decoder = encoder.requires_grad_(False).eval(), reducer, decoder
         self.perceptual, self.target_encoder, self.options = perceptual, target_encoder, dict(options or {})
-        self.alignment = FeatureAlignment(decoder.hidden_size, target_encoder.hidden_size) if target_encoder is not None else None
+        self.alignment = FeatureAlignment(decoder.hidden_size, target_encoder.hidden_size, self.options.get("alignment_head", "repa")) if target_encoder is not None else None
+        self.token_head = token_head(reducer.dim, reducer.hidden_size) if self.options.get("feature_weight") else None
 
-    def latents(self, images):
+    @torch.no_grad()
+    def tokens(self, images): return self.encoder(images).tokens
+
+    def reduce(self, tokens):
         "Whitened latents: by the batch while the reducer learns, by its own frozen statistics if it does not."
-        with torch.no_grad(): tokens = self.encoder(images).tokens
         learning = any(p.requires_grad for p in self.reducer.parameters())
         return batch_whiten(self.reducer.encode_raw(tokens)) if learning else self.reducer.encode(tokens)
 
+    def latents(self, images): return self.reduce(self.tokens(images))
+
     def forward(self, images, generator):
-        latents = add_latent_noise(self.latents(images), self.options.get("latent_noise", 0.0), generator)
+        tokens = self.tokens(images)
+        clean = self.reduce(tokens)
+        latents = add_latent_noise(clean, self.options.get("latent_noise", 0.0), generator)
         noisy = diffuse(to_signed(images), generator, self.options.get("time", "logit-normal"))
         velocity, hidden = self.decoder(noisy.x_t, noisy.t, latents)
         losses = {"flow": (velocity.float() - noisy.velocity).square().mean()}
         estimate = convert(velocity.float(), noisy.x_t, noisy.t, "velocity", "data")
-        if self.perceptual is not None: losses["perceptual"] = self.perceptual((estimate + 1) / 2, images).mean()
+        if self.token_head is not None: losses["features"] = self.rebuild(clean, tokens)
+        return self.judged(losses, estimate, hidden, images, images)
+
+    def judged(self, losses, estimate, hidden, target, images):
+        "(loss, metrics) with the terms of the frozen judges added; `estimate` in [-1,1] aims at `target`, hidden tokens at those of `images`."
+        if self.perceptual is not None: losses["perceptual"] = self.perceptual((estimate + 1) / 2, target).mean()
         if self.alignment is not None: losses["alignment"] = self.align(hidden, images)
-        with torch.no_grad(): error = (to_unit(estimate) - images).square().mean()
-        return self.total(losses), {**{name: loss.detach() for name, loss in losses.items()}, "estimate_mse": error}
+        with torch.no_grad(): error = (to_unit(estimate) - target).square().mean()
+        return self.total(losses), {**{self.title(name): loss.detach() for name, loss in losses.items()}, "estimate_mse": error}
+
+    def title(self, name):
+        "A loss under the name of the network that gives it."
+        judge = {"perceptual": self.perceptual, "alignment": self.target_encoder}.get(name)
+        return name if judge is None else f"{name} ({judge.name})"
+
+    def rebuild(self, latents, tokens):
+        "How far the head's tokens are from the encoder's, each brought to mean 0 and variance 1: 1 for a head that knows nothing."
+        return (self.token_head(latents).float() - F.layer_norm(tokens.float(), tokens.shape[-1:])).square().mean()
 
     def align(self, hidden, images):
         with torch.no_grad(): targets = tokens_to_grid(self.target_encoder(images), hidden.shape[1])
         return self.alignment(hidden, targets)
 
     def total(self, losses):
-        "1 · flow + 0.5 · perceptual + 0.25 · alignment, unless the options say otherwise."
-        weights = {"flow": 1.0, "perceptual": self.options.get("perceptual_weight", 0.5), "alignment": self.options.get("alignment_weight", 0.25)}
-        return sum(weights[name] * loss for name, loss in losses.items())
+        "1 · flow (or mse) + 0.5 · perceptual + 0.25 · alignment, unless the options say otherwise (weights as published for SSDD)."
+        weights = {"perceptual": self.options.get("perceptual_weight", 0.5), "alignment": self.options.get("alignment_weight", 0.25), "features": self.options.get("feature_weight", 0.0)}
+        return sum(weights.get(name, 1.0) * loss for name, loss in losses.items())
 
 # %% ../../nbs/train/decoder.ipynb #e793956d
 HELD_OUT = 1_000_003  # added to the seed for evaluation: another stream of samples
@@ -190,9 +215,15 @@ class DecoderStage:
         model = dict(self.part.model)
         dim = max(1, round(self.encoder.hidden_size / model.pop("ratio", 16)))
         decoder = PixelDiffusionDecoder(latent_dim=dim, image_size=self.world.image_size, grid_size=self.encoder.grid[0], **model)
+        return DecoderTraining(self.encoder, self.make_reducer(dim), decoder, *self.judges(), self.options)
+
+    def judges(self) -> tuple:
+        "The frozen networks of the losses, None where one is not wanted; the card tells their names."
         perceptual = build_perceptual(self.options.get("perceptual"), self.options.get("perceptual_size", 64))
         target = alignment_encoder(self.options.get("alignment"), self.world.image_size // 8)
-        return DecoderTraining(self.encoder, self.make_reducer(dim), decoder, perceptual, target, self.options)
+        named = [f"{role}: {judge.name}" for role, judge in (("perceptual distance", perceptual), ("feature alignment", target)) if judge is not None]
+        if named: self.about = f"{type(self).about} Judges of its losses: {', '.join(named)}."
+        return perceptual, target
 
     def make_reducer(self, dim): return MLPReducer(self.encoder.hidden_size, dim)
 
@@ -238,6 +269,7 @@ class DecoderPCAStage(DecoderStage):
     about = "Pixel diffusion decoder on frozen PCA latents of a frozen contrastive encoder: the baseline of the learned reducer."
 
     def make_reducer(self, dim):
+        if self.options.get("feature_weight"): raise UserError("options.feature_weight regularises a reducer that learns, and PCA does not: set it for the stage decoder.")
         reducer = PCAReducer(self.encoder.hidden_size, dim)
         for tokens in self.token_batches(self.encoder): reducer.partial_fit(tokens)
         return reducer.finalize().fit_whitening(self.token_batches(self.encoder)).requires_grad_(False)

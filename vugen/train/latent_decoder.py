@@ -42,7 +42,7 @@ class VAETraining(nn.Module):
         loss, metrics, painted = vae_loss(self.vae, images, generator, self.options.get("kl_weight", 1e-4))
         if self.perceptual is None: return loss, metrics
         distance = self.perceptual((painted + 1) / 2, images).mean()
-        return loss + self.options.get("perceptual_weight", 0.1) * distance, {**metrics, "perceptual": distance.detach()}
+        return loss + self.options.get("perceptual_weight", 0.1) * distance, {**metrics, f"perceptual ({self.perceptual.name})": distance.detach()}
 
 # %% ../../nbs/train/latent_decoder.ipynb #1120ed01
 class LatentDecoderTraining(nn.Module):
