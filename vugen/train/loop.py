@@ -36,7 +36,7 @@ from torch import nn
 from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir
 from .cards import as_rows, environment, model_card
-from .presets import Preset, Recipe, data_fingerprint, load_preset, override
+from .presets import Preset, Recipe, check_inputs, data_fingerprint, load_preset, override
 
 # %% ../../nbs/train/loop.ipynb #2bb35ae6
 class Stage(Protocol):
@@ -269,7 +269,7 @@ def train_step(training, batches):
     finite = _all_finite(training, [norm, *(each["loss"] for each in parts)])
     if finite:
         training.optimizer.step()
-        if training.ema: training.ema.update(training.module)
+        if training.ema and training.step >= training.recipe.ema_from: training.ema.update(training.module)
         training.step += 1
     else: _put_back(training.module, buffers)
     training.optimizer.zero_grad(set_to_none=True)
@@ -345,6 +345,7 @@ def _disk_errors(path):
 
 # %% ../../nbs/train/loop.ipynb #8b796084
 _FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation")
+_SINCE = {"recipe.ema_from": 0}  # what a value was before states knew it
 
 
 def _flat(tree, prefix=""):
@@ -355,6 +356,7 @@ def _flat(tree, prefix=""):
 def differences(old, new):  # two `description`s
     "{key: (old, new)} where a resume would not be exact."
     old, new = _flat(old), _flat(new)
+    old = {**{key: value for key, value in _SINCE.items() if key in new}, **old}
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key) and key not in _FREE}
 
 # %% ../../nbs/train/loop.ipynb #e10899c9
@@ -512,7 +514,7 @@ def run_record(training, rows, evaluation_seconds, command):
 def finish(training, out, command):
     "Evaluate and write the checkpoint folder; the content of its run.json."
     start, record = time.monotonic(), None
-    if training.ema: training.ema.copy_to(training.module)
+    if training.ema and training.ema.updates: training.ema.copy_to(training.module)
     training.module.eval()
     seed_everything(step_seed(training.recipe.seed, "finish"))
     if training.main:
@@ -615,6 +617,7 @@ def train_stage(stage_class, arguments, name=None, command=""):
     "Train as the parsed arguments say; the result of `run`."
     name = name or stage_class.name
     preset = override(load_preset(arguments.preset), name, settings_of(arguments))
+    check_inputs(preset, name)
     root = Path(arguments.root or checkpoints_dir(preset.name)).expanduser().resolve()
     out = Path(arguments.out or root / name).expanduser().resolve()
     stage = stage_class(preset, root)
