@@ -589,7 +589,7 @@ def _outcome(training, out, command, show):
 def stage_parser(name):
     "The options of a stage's program."
     parser = argparse.ArgumentParser(prog=f"python -m vugen.train.{name.replace('-', '_')}", description=f"Train the stage {name!r} of a preset.")
-    parser.add_argument("--preset", default="tiny", help="tiny, small, smoke or a .json file")
+    parser.add_argument("--preset", default="tiny", help="tiny, small, smoke, paper-imagenet, paper-stockmix or a .json file")
     parser.add_argument("--root", type=Path, help="folder of the preset's checkpoints (default: the package's data/checkpoints/PRESET)")
     parser.add_argument("--out", type=Path, help="checkpoint folder to make (default: ROOT/STAGE)")
     parser.add_argument("--state", type=Path, help="folder of training states (default: a hidden folder beside OUT)")
