@@ -269,7 +269,7 @@ def train_step(training, batches):
     finite = _all_finite(training, [norm, *(each["loss"] for each in parts)])
     if finite:
         training.optimizer.step()
-        if training.ema and training.step >= training.recipe.ema_from: training.ema.update(training.module)
+        if training.ema: training.ema.update(training.module)
         training.step += 1
     else: _put_back(training.module, buffers)
     training.optimizer.zero_grad(set_to_none=True)
@@ -345,7 +345,6 @@ def _disk_errors(path):
 
 # %% ../../nbs/train/loop.ipynb #8b796084
 _FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation")
-_SINCE = {"recipe.ema_from": 0}  # what a value was before states knew it
 
 
 def _flat(tree, prefix=""):
@@ -356,7 +355,6 @@ def _flat(tree, prefix=""):
 def differences(old, new):  # two `description`s
     "{key: (old, new)} where a resume would not be exact."
     old, new = _flat(old), _flat(new)
-    old = {**{key: value for key, value in _SINCE.items() if key in new}, **old}
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key) and key not in _FREE}
 
 # %% ../../nbs/train/loop.ipynb #e10899c9
@@ -514,7 +512,7 @@ def run_record(training, rows, evaluation_seconds, command):
 def finish(training, out, command):
     "Evaluate and write the checkpoint folder; the content of its run.json."
     start, record = time.monotonic(), None
-    if training.ema and training.ema.updates: training.ema.copy_to(training.module)
+    if training.ema: training.ema.copy_to(training.module)
     training.module.eval()
     seed_everything(step_seed(training.recipe.seed, "finish"))
     if training.main:
