@@ -55,7 +55,7 @@ def test_what_is_published_is_frozen_and_of_its_size():
 @pytest.mark.parametrize("name", ["paper-stockmix", "paper-imagenet-improved"])
 def test_every_paper_preset_has_the_same_models(name):
     counted = {part.name: part.parameters() for part in parts_of(load_preset(name))}
-    assert len(counted) == 8 and counted == {key: paper_parts()[key].parameters() for key in counted}
+    assert len(counted) == 9 and counted == {key: paper_parts()[key].parameters() for key in counted}
 
 
 # operations
@@ -85,7 +85,7 @@ def counted_by_hand(part):
     return (total[0] + attentions.total) / 1e9
 
 
-NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "VAE", "latent diffusion decoder, a step", "image tower, a step", "perceptual network", "alignment encoder", "alignment projector"]
+NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "distilled decoder, its one step", "VAE", "latent diffusion decoder, a step", "image tower, a step", "perceptual network", "alignment encoder", "alignment projector"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,6 +225,12 @@ def test_sharding_divides_and_ddp_adds_buckets(stage):
     for kind in ("weights", "gradients", "moments", "ema"): assert fsdp[kind] == pytest.approx(alone[kind] / 8, abs=1)
     assert alone["activations"] == fsdp["activations"] and alone["total"] > fsdp["total"] > more["total"] > more["activations"]
     assert memory_of(stage, batch=8, ema="cpu")["ema"] == 0 < alone["ema"]
+
+
+def test_distillation_holds_its_teacher_and_its_judges():
+    taught, alone, count = memory_of("distill", batch=2), memory_of("decoder", batch=2), {each["name"]: each["parameters"] for each in paper()["parts"]}
+    assert taught["weights"] - alone["weights"] == 4 * count["pixel decoder, a step"]  # the frozen reducer weighs what the trained one does
+    assert alone["gradients"] - taught["gradients"] == 4 * count["reducer"] and 0.9 < taught["activations"] / alone["activations"] <= 1
 
 
 def test_fsdp_keeps_what_stands_outside_of_stacks_and_two_blocks():

@@ -535,7 +535,7 @@ class Describe:
     precision: Optional[str] = None  # fp32 or bf16; default the preset's
     sharding: str = "none"  # how GPUs share the work: none, ddp or fsdp
     gpus: Optional[int] = None  # that share it; default the preset's
-    ema: str = "gpu"  # where the moving average is kept: gpu or cpu
+    ema: Optional[str] = None  # where the moving average is kept: gpu or cpu; default the preset's
     json: Optional[Path] = None  # file for the description; - prints it
 
     def __call__(self, command):

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from ..train.presets import load_preset
 # %% auto #0
 __all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES', 'RULE',
            'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Part',
-           'encoder_parts', 'decoder_parts', 'latent_decoder_parts', 'language_parts', 'generator_parts',
+           'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts', 'language_parts', 'generator_parts',
            'tower_counts', 'Tower', 'parser_parts', 'scene_parts', 'published', 'published_vlm', 'published_vae',
            'pretrained_parts', 'VGGPerceptual', 'judge_parts', 'paper_parts', 'parts_of', 'lit_parts', 'optional_parts',
            'Setup', 'settled', 'unit_sizes', 'stage_memory', 'drawing_costs', 'describe']
@@ -159,7 +160,12 @@ def decoder_parts(preset, world, vision, stage="decoder"):
     dim, tokens = max(1, round(vision.hidden_size / model.pop("ratio", 16))), vision.grid[0] * vision.grid[1]
     reducer, decoder = MLPReducer(vision.hidden_size, dim), PixelDiffusionDecoder(latent_dim=dim, image_size=world.image_size, grid_size=vision.grid[0], **model)
     return reducer, [Part("reducer", stage, reducer, lambda batch: reducer.encode(_meta(batch, tokens, vision.hidden_size)).sum()),
-                     Part("pixel decoder, a step", stage, decoder, lambda batch: decoder(_pictures(batch, world.image_size), _meta(batch), _meta(batch, tokens, dim))[0].sum())]
+                     Part("pixel decoder, a step", stage, decoder, functools.partial(pixel_step, decoder, world.image_size))]
+
+
+def pixel_step(decoder, image_size, batch):
+    "One call of a pixel decoder."
+    return decoder(_pictures(batch, image_size), _meta(batch), _meta(batch, decoder.grid_size**2, decoder.latent_dim))[0].sum()
 
 # %% ../../nbs/lab/describe.ipynb #d5c1e7a2
 def latent_decoder_parts(preset, world, vision, reducer):
@@ -356,7 +362,9 @@ def paper_parts(preset):  # on a corpus
     world = World(**preset.world)
     vision, vlm, pretrained = pretrained_parts(preset)
     reducer, pixels = decoder_parts(preset, world, vision)
-    return [*pretrained, *pixels, *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer)]
+    student = replace(pixels[1], name="distilled decoder, its one step", stage="distill", module=copy.deepcopy(pixels[1].module))
+    student.run = functools.partial(pixel_step, student.module, world.image_size)
+    return [*pretrained, *pixels, *([student] if "distill" in preset.stages else []), *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer)]
 
 
 def parts_of(preset):  # Preset
@@ -381,14 +389,16 @@ def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
     "Parts of the stages that need a package which may be missing."
     found, notes, decoder = [], {}, preset.stage("decoder").model
     width = decoder["base_channels"] * decoder["multipliers"][-1]
-    makers = {"losses of the pixel decoder": lambda: judge_parts(preset, width), **({"lit": lambda: lit_parts(preset)} if "lit" in preset.stages else {})}
+    judged = [stage for stage in ("decoder", "distill") if stage in preset.stages and (stage == "decoder" or preset.corpus)]
+    makers = {"losses of the pixel decoder": lambda: [part for stage in judged for part in judge_parts(preset, width, stage)], **({"lit": lambda: lit_parts(preset)} if "lit" in preset.stages else {})}
     for name, make in makers.items():
         try: found += make()
         except UserError as error: notes[name] = str(error)
     return found, notes
 
 # %% ../../nbs/lab/describe.ipynb #8f498020
-FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step")}
+FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
+          "distill": ("vision encoder", "reducer", "pixel decoder, a step")}
 SHARDINGS, PRECISIONS, EMA_PLACES = ("none", "ddp", "fsdp"), ("fp32", "bf16"), ("gpu", "cpu")
 
 
@@ -399,10 +409,10 @@ class Setup:
     precision: str | None = None  # "fp32" or "bf16"
     sharding: str = "none"  # "none", "ddp" or "fsdp"
     gpus: int | None = None  # that share the work; one without sharding
-    ema: str = "gpu"  # where the moving average is kept: "gpu" or "cpu"
+    ema: str | None = None  # where the moving average is kept: "gpu" or "cpu"
 
     def __post_init__(self):
-        for name, value, known in (("precision", self.precision, (None, *PRECISIONS)), ("sharding", self.sharding, SHARDINGS), ("ema", self.ema, EMA_PLACES)):
+        for name, value, known in (("precision", self.precision, (None, *PRECISIONS)), ("sharding", self.sharding, SHARDINGS), ("ema", self.ema, (None, *EMA_PLACES))):
             if value not in known: raise UserError(f"{name} is {value!r}: give one of {', '.join(filter(None, known))}.")
         for name, value in (("batch", self.batch), ("gpus", self.gpus)):
             if value is not None and value < 1: raise UserError(f"{name} is {value}: give at least 1.")
@@ -414,7 +424,7 @@ def settled(setup, part):  # Setup, StagePreset
     recipe, planned = part.recipe, part.options.get("gpus", 1)
     gpus = 1 if setup.sharding == "none" else setup.gpus or max(planned, 2)
     batch = setup.batch or max(1, recipe.batch_size // recipe.gradient_accumulation // max(planned, gpus))
-    return Setup(batch, setup.precision or {"auto": "fp32"}.get(recipe.precision, recipe.precision), setup.sharding, gpus, setup.ema)
+    return Setup(batch, setup.precision or {"auto": "fp32"}.get(recipe.precision, recipe.precision), setup.sharding, gpus, setup.ema or ("cpu" if recipe.ema_device == "cpu" else "gpu"))
 
 # %% ../../nbs/lab/describe.ipynb #1a5b93e2
 def unit_sizes(module: nn.Module) -> tuple:  # parameters outside of stacks, and a list: of each block in a stack
@@ -448,7 +458,7 @@ def stage_memory(stage, part, parts, setup=Setup()):  # StagePreset and every Pa
 
 # %% ../../nbs/lab/describe.ipynb #e321a5ea
 RULE = ("Per GPU and trained parameter: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of moving average; per frozen one 4, or 2 for a published vision-language model in bf16. Activations and autocast's bf16 copies are what autograd would keep on a GPU, counted on shapes. "
-        "Not counted: the CUDA context, workspaces of kernels, the allocator's slack.")
+        "Not counted: the CUDA context, workspaces of kernels, the allocator's slack, and what gradient checkpointing saves.")
 
 
 def drawing_costs(preset, rows):  # rows of every Part
@@ -462,7 +472,7 @@ def drawing_costs(preset, rows):  # rows of every Part
 
 
 def describe(name: str = "tiny",  # a preset's name or .json file
-             batch: int | None = None, precision: str | None = None, sharding: str = "none", gpus: int | None = None, ema: str = "gpu",  # see `Setup`
+             batch: int | None = None, precision: str | None = None, sharding: str = "none", gpus: int | None = None, ema: str | None = None,  # see `Setup`
              ) -> dict:
     """{"preset", "parts": [{"name", "parameters", "trainable", "frozen", "gflops_per_image"}], "counts", "pictures", "stages": [{"stage", "memory_gib", …}], "memory_gib", "setup", "rule", "notes": {what is left out: why}}.
     `gflops_per_image` is one forward pass (one step of a sampler), `memory_gib` the most that a GPU needs for a stage: an upper bound, `at_least_gib` a lower one."""
@@ -470,11 +480,11 @@ def describe(name: str = "tiny",  # a preset's name or .json file
     if not {"decoder", "generator"} <= set(preset.stages): raise UserError(f"{name} has no stages 'decoder' and 'generator' to describe: give a preset with both.")
     more, notes = optional_parts(preset)
     parts = parts_of(preset) + more
-    rows, stages = [part.row() for part in parts], []
+    rows, stages = [part.row() for part in {part.name: part for part in parts}.values()], []  # a judge of two stages stands in the table once
     for stage in (stage for stage in preset.stages if any(part.stage == stage for part in parts)):
         own = settled(setup, preset.stage(stage))
         memory = stage_memory(stage, preset.stage(stage), parts, own)
-        stages.append({"stage": stage, "steps": preset.stage(stage).recipe.steps, "batch": own.batch, "precision": own.precision, "gpus": own.gpus,
+        stages.append({"stage": stage, "steps": preset.stage(stage).recipe.steps, "batch": own.batch, "precision": own.precision, "gpus": own.gpus, "ema": own.ema,
                        **{f"{kind}_gib": round(value / 2**30, 4) for kind, value in memory.items() if kind != "total"}, "memory_gib": round(memory["total"] / 2**30, 4)})
     return {"preset": preset.name, "parts": rows, "counts": tower_counts(parts), "pictures": drawing_costs(preset, rows), "stages": stages,
-            "memory_gib": max(row["memory_gib"] for row in stages), "setup": {"sharding": sharding, "ema": ema}, "rule": RULE, "notes": notes}
+            "memory_gib": max(row["memory_gib"] for row in stages), "setup": {"sharding": sharding}, "rule": RULE, "notes": notes}
