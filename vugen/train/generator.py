@@ -15,7 +15,7 @@ from ..encode.reducers import load_reducer
 from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
 from ..generate.text_to_image import TextToImage, load_pixel_decoder
-from ..generate.vlm import SceneVLM
+from ..generate.adapters import stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from .loop import stage_main
@@ -56,7 +56,7 @@ class GeneratorStage:
 
     def build(self):
         "A tower grown from the language model; the judge is loaded too, so that a missing one is found out now"
-        parts = SceneVLM.from_pretrained(self.root / "vlm"), load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
+        parts = stage_vlm(self.part, self.root), load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
         self.parser = SceneParser.from_pretrained(self.root / "parser")
         vlm, reducer, _ = parts
         model = TextToImage(latent_dim=reducer.dim, grid=tuple(vlm.vision.grid), vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(reducer), **self.part.model).attach(*parts)
