@@ -160,7 +160,7 @@ def test_describe_prints_json_without_weights(capsys, tmp_path):
     assert call("describe", "tiny", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["preset"] == "tiny" and found["memory_gib"] > 0
-    assert all(set(part) == {"name", "parameters", "trainable", "gflops_per_image"} for part in found["parts"])
+    assert all({"name", "parameters", "trainable", "gflops_per_image"} <= set(part) for part in found["parts"])
     assert sum(part["trainable"] for part in found["parts"]) < 10_000_000
     assert {"contrastive", "decoder", "lit", "vlm", "generator"} <= {stage["stage"] for stage in found["stages"]} | set(found["notes"])
 

@@ -172,8 +172,58 @@ def test_pictures_of_any_size_are_read(adapter):
         with pytest.raises(UserError, match="cells of 8"): load_adapter(adapter.config._name_or_path, image_size=36).vision
         assert load_adapter(adapter.config._name_or_path, image_size=48).vision(IMAGES).grid == (12, 12)
         assert load_adapter(adapter.config._name_or_path).vision.image_size == 448
-    else:
+    elif adapter.family == "llava":
         with pytest.raises(UserError, match="32 pixels"): load_adapter(adapter.config._name_or_path, image_size=64).vision
+    else:
+        with pytest.raises(UserError, match="patches of 4"): load_adapter(adapter.config._name_or_path, image_size=30).vision
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_perception_lm_shows_the_generator_other_sizes_and_understands_at_its_own(root, size):
+    """Tokens as transformers interpolates positions; the logits of understanding do not change by a bit."""
+    own, other = load(root, "perception_lm"), load_adapter(root / "perception_lm", image_size=size)
+    assert other.vision.grid == (size // 4,) * 2 and other.num_image_tokens == own.num_image_tokens
+    seen = other.tower(other.vision.preprocess(IMAGES), interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    assert torch.equal(other.vision(IMAGES).tokens, seen)
+    ids, mask = own.encode(["a red circle"] * len(IMAGES))
+    assert torch.equal(own.logits(IMAGES, ids, mask), other.logits(IMAGES, ids, mask))
+
+
+def test_a_timm_encoder_is_asked_to_take_any_size(tmp_path):
+    from vugen.generate.adapters import any_size
+    vision = {"model_type": "timm_wrapper", "architecture": "vit_pe_lang_large_patch14_448", "model_args": {"embed_dim": 1024}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "perception_lm", "vision_config": vision, "text_config": {"model_type": "llama"}}))
+    assert any_size(tmp_path).vision_config.model_args == {"embed_dim": 1024, "dynamic_img_size": True}
+
+
+def test_a_stage_stands_on_the_model_that_its_preset_names(root):
+    from dataclasses import replace
+
+    from vugen.generate.adapters import stage_vlm
+    from vugen.train.presets import load_preset
+    paper = load_preset("paper-imagenet")
+    part = replace(paper.stage("generator"), model={**paper.stage("generator").model, "vlm": str(root / "perception_lm"), "image_size": 16})
+    found = stage_vlm(part, root)
+    assert found.vision.grid == (4, 4) and {value.dtype for value in found.model.parameters()} == {torch.bfloat16}
+    decoder = replace(paper.stage("decoder"), options={**paper.stage("decoder").options, "encoder": str(root / "perception_lm"), "encoder_size": 16}, recipe=replace(part.recipe, precision="fp32"))
+    assert stage_vlm(decoder, root).vision(IMAGES).tokens.dtype == torch.float32
+    with pytest.raises(UserError): stage_vlm(load_preset("tiny").stage("generator"), root / "nothing")
+
+
+def test_a_generator_of_the_papers_preset_saves_and_loads(root, tmp_path):
+    """The image tower grows on a published model shown smaller pictures; saved, it finds the same model again and draws the same."""
+    import shutil
+
+    from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
+    from vugen.encode.reducers import MLPReducer
+    from vugen.generate.text_to_image import TextToImage
+    shutil.copytree(root / "perception_lm", tmp_path / "vlm")
+    MLPReducer(24, 4).save_pretrained(tmp_path / "decoder/reducer"); PixelDiffusionDecoder(4, 32, 4, base_channels=8, num_layers=1).save_pretrained(tmp_path / "decoder/pixel_decoder")
+    model = TextToImage(latent_dim=4, grid=(4, 4), vlm="../vlm", image_size=16).attach(load_adapter(tmp_path / "vlm", image_size=16), MLPReducer.from_pretrained(tmp_path / "decoder/reducer"))
+    model.eval().save_pretrained(tmp_path / "generator")
+    again = TextToImage.from_pretrained(tmp_path / "generator")
+    assert again.encode_images(IMAGES).shape == (len(IMAGES), 16, 4) and torch.equal(again.encode_images(IMAGES), model.encode_images(IMAGES))
+    assert torch.equal(again.generate(["a red circle"], num_inference_steps=2), model.generate(["a red circle"], num_inference_steps=2))
 
 
 def test_llava_may_join_layers_and_keep_the_class_token(root, tmp_path):

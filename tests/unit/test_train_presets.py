@@ -78,4 +78,50 @@ def test_the_embedded_checkpoints_were_trained_as_the_preset_says(name):
     run = json.loads((checkpoints_dir("tiny") / name / "run.json").read_text())
     part = load_preset("tiny").stage(name)
     said = json.loads(json.dumps({"model": part.model, "options": part.options, "recipe": asdict(part.recipe)}))
+    run["recipe"] = json.loads(json.dumps(asdict(Recipe(**run["recipe"]))))  # a record may be older than the newest keys, whose defaults change nothing
     assert {key: run[key] for key in said} == said and run["steps"] == part.recipe.steps
+
+
+PAPERS = ("paper-imagenet", "paper-stockmix")
+
+
+@pytest.mark.parametrize("name,steps,gpus,begin,guidance", [("paper-imagenet", 50_000, 8, 10_000, 1.8), ("paper-stockmix", 200_000, 32, 50_000, 5.0)])
+def test_the_papers_presets_say_what_the_paper_says(name, steps, gpus, begin, guidance):
+    part = load_preset(name).stage("generator")
+    recipe = part.recipe
+    assert (recipe.steps, recipe.ema_start, recipe.ema_decay, recipe.betas, recipe.weight_decay, recipe.learning_rate) == (steps, begin, 0.9999, (0.9, 0.95), 0.1, 3e-4)
+    assert (recipe.warmup_steps, recipe.gradient_clip, recipe.schedule, recipe.batch_size) == (2000, 1.0, "constant", 8 * gpus)
+    assert (part.model["guidance_scale"], part.model["num_inference_steps"], part.model["shift"], part.options["prompt_dropout"]) == (guidance, 50, 1.0, 0.1)
+    assert part.model["vlm"] == load_preset(name).stage("decoder").options["encoder"] == "facebook/Perception-LM-1B"
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_improved_twins_differ_where_they_should_and_nowhere_else(name):
+    from vugen.train.loop import differences
+    plain, twin = load_preset(name).to_dict(), load_preset(f"{name}-improved").to_dict()
+    assert set(differences(plain, twin)) == {"name", "stages.generator.model.shift", *(f"stages.{stage}.options.latent_noise" for stage in ("decoder", "distill", "decoder-ldm"))}
+    shift = (256 * 64 / 4096) ** 0.5  # the square root of numbers a picture over 4096
+    assert twin["stages"]["generator"]["model"]["shift"] == shift
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("stage", ["decoder", "generator"])
+def test_what_is_missing_is_said_in_one_sentence(name, stage, tmp_path, monkeypatch):
+    from vugen.train.presets import check_inputs
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError) as caught: check_inputs(load_preset(name), stage)
+    text = str(caught.value)
+    assert "corpus.path is not given" in text and "facebook/Perception-LM-1B" in text and text.count(".\n") == 0 and text.endswith(".")
+    (tmp_path / "config.json").write_text("{}")
+    given = override(load_preset(name), stage, {"corpus.path": str(tmp_path), **({"model.vlm": str(tmp_path)} if stage == "generator" else {"options.encoder": str(tmp_path), "options.alignment": str(tmp_path)})})
+    check_inputs(given, stage)
+    with pytest.raises(UserError, match="is not a folder"): check_inputs(override(given, stage, {"corpus.path": str(tmp_path / "none"), "corpus.kind": "images"}), stage)
+
+
+def test_a_corpus_survives_json_and_changes_the_fingerprint(tmp_path):
+    paper = load_preset("paper-imagenet")
+    given = override(paper, "generator", {"corpus.path": str(tmp_path)})
+    (tmp_path / "mine.json").write_text(json.dumps(given.to_dict()))
+    assert load_preset(str(tmp_path / "mine.json")).corpus == given.corpus and {**paper.corpus, "path": str(tmp_path)}.items() <= given.corpus.items()
+    assert data_fingerprint(override(paper, "generator", {"corpus.template": "A [CLS]."}), "generator") != data_fingerprint(paper, "generator")
+    assert paper.corpus["template"] == "This is an image of a [CLS]." and load_preset("paper-stockmix").corpus["template"] is None

@@ -22,9 +22,9 @@ from ..models.seams import Patches, VisionEncoder
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'SPECIAL', 'ADAPTERS', 'STATISTICS', 'UnderstandingModel', 'PatchEncoder', 'start_token', 'pad_right',
-           'miniature_tokenizer', 'save_miniature', 'load_vlm', 'load_tokenizer', 'VLMAdapter', 'PerceptionLMAdapter',
-           'fixed_size', 'chat_text', 'prompt_ids', 'encode', 'logits', 'LlavaAdapter', 'window_order', 'cell_patches',
-           'QwenVLAdapter', 'load_adapter', 'adapter_sizes']
+           'miniature_tokenizer', 'save_miniature', 'any_size', 'load_vlm', 'load_tokenizer', 'VLMAdapter',
+           'PerceptionLMAdapter', 'fixed_size', 'chat_text', 'prompt_ids', 'encode', 'logits', 'LlavaAdapter',
+           'window_order', 'cell_patches', 'QwenVLAdapter', 'load_adapter', 'stage_vlm', 'adapter_sizes']
 
 # %% ../../nbs/generate/adapters.ipynb #5ff17c4a
 @runtime_checkable
@@ -165,14 +165,23 @@ def save_miniature(
     return Path(folder)
 
 # %% ../../nbs/generate/adapters.ipynb #c0ede952
+def any_size(folder):
+    "The configuration of a model whose encoder from `timm`, if it has one, takes pictures of any size"
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if config.vision_config.model_type == "timm_wrapper": config.vision_config.model_args = {**(config.vision_config.model_args or {}), "dynamic_img_size": True}
+    return config
+
 def load_vlm(
     folder: str | Path, # in transformers' format
     dtype: torch.dtype = torch.float32, # of the frozen weights
+    resized: bool = False, # whether pictures may have another size than the encoder's own
 ) -> nn.Module: # in evaluation mode
     "Load a vision–language model strictly: missing, truncated or foreign weights are a `UserError`"
     from transformers import AutoModelForImageTextToText
     try:
-        with quiet_transformers(): model, report = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype)
+        options = dict(config=any_size(folder)) if resized else {}
+        with quiet_transformers(): model, report = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype, **options)
     except ImportError as error: raise UserError(f"{folder} needs a package that is not installed (PerceptionLM's encoder comes from timm): pip install timm torchvision.") from error
     except Exception as error: raise UserError(f"{folder} has no readable safetensors weights for its config.json ({type(error).__name__}): copy the checkpoint again.") from error
     lost = sorted(map(str, {*report["missing_keys"], *report.get("mismatched_keys", ())}))
@@ -228,6 +237,9 @@ class VLMAdapter(nn.Module):
     @cached_property
     def vision(self) -> PatchEncoder: return PatchEncoder(self.tower, self.read, self.sizes(), self.preprocessing, self.name)
 
+    @property
+    def eye(self) -> PatchEncoder: return self.vision # what understanding sees with
+
     # what a family says of itself: its tower, its sizes, how it reads patches, how many tokens the bridge leaves and what its forward calls a picture
     @property
     def tower(self) -> nn.Module: return self.model.model.vision_tower
@@ -248,17 +260,25 @@ class PerceptionLMAdapter(VLMAdapter):
     "`PerceptionLMForConditionalGeneration`: tokens of the Perception Encoder before projection and pooling, the class token left out"
     family = "perception_lm"
 
-    def sizes(self):
+    def own_sizes(self):
         config, patches = self.config.vision_config, getattr(getattr(self.tower, "timm_model", None), "patch_embed", None)
         side, patch = (config.image_size, config.patch_size) if patches is None else (patches.img_size[0], patches.patch_size[0])
-        return fixed_size(side, self.image_size), patch, config.model_args["embed_dim"]
+        return side, patch, config.model_args["embed_dim"]
+
+    def sizes(self):
+        side, *others = self.own_sizes()
+        return self.image_size or side, *others
+
+    @cached_property
+    def eye(self): return PatchEncoder(self.tower, self.read, self.own_sizes(), self.preprocessing, self.name) if self.image_size else self.vision
 
     def read(self, pixels):
-        tokens = self.tower(pixels).last_hidden_state
+        own = hasattr(self.tower, "timm_model") or pixels.shape[-1] == self.own_sizes()[0] # timm's towers ask for no option
+        tokens = self.tower(pixels, **({} if own else dict(interpolate_pos_encoding=True))).last_hidden_state
         return tokens[:, 1:] if self.config.vision_use_cls_token else tokens
 
     @property
-    def num_image_tokens(self): return (self.vision.grid[0] // self.config.projector_pooling_ratio) ** 2
+    def num_image_tokens(self): return (self.eye.grid[0] // self.config.projector_pooling_ratio) ** 2
     def image_inputs(self, pixels, ids): return dict(pixel_values=pixels[:, None])
 
 def fixed_size(
@@ -317,7 +337,7 @@ def logits(
     if added:
         places = torch.tensor(adapter.image_places, device=ids.device).expand(len(ids), -1)
         ids, mask = torch.cat([ids[:, :1], places, ids[:, 1:]], 1), torch.cat([mask[:, :1], places > -1, mask[:, 1:]], 1)
-    inputs = adapter.image_inputs(adapter.vision.preprocess(images), ids)
+    inputs = adapter.image_inputs(adapter.eye.preprocess(images), ids)
     return adapter.model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **inputs).logits[:, added:]
 
 # %% ../../nbs/generate/adapters.ipynb #90342638
@@ -405,7 +425,7 @@ STATISTICS = {"perception_lm": "siglip", "qwen2_5_vl": "clip"} # whose pixel sta
 
 def load_adapter(
     name: str | Path, # a folder in transformers' format or written by `vugen train vlm`, or a hub id
-    image_size: int | None = None, # side of pictures in pixels; only for a family that takes any (Qwen2.5-VL, 448 if not given)
+    image_size: int | None = None, # side in pixels of the pictures that the generator's encoder sees; only for a family that takes any (PerceptionLM, its own if not given; Qwen2.5-VL, 448)
     chat: bool = False, # wrap prompts into the chat template
     dtype: torch.dtype = torch.float32, # of the frozen weights; the image tower is trained in float32 whatever it is
 ) -> UnderstandingModel:
@@ -417,7 +437,17 @@ def load_adapter(
     family = config.get("model_type", config.get("class", "nameless"))
     if family not in ADAPTERS: raise UserError(f"{name} holds a {family} model, for which there is no adapter: give a SceneVLM or a model of type {', '.join(ADAPTERS)}.")
     statistics = STATISTICS.get(family) or family_of(config.get("vision_config", {}).get("model_type", "clip"))
-    return ADAPTERS[family](load_vlm(folder, dtype), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
+    return ADAPTERS[family](load_vlm(folder, dtype, image_size is not None), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
+
+# %% ../../nbs/generate/adapters.ipynb #e2f643d5
+def stage_vlm(
+    part, # `StagePreset` of a generator, or of a decoder; a model in `model.vlm` or an encoder in `options.encoder` is loaded, frozen, in bf16 where the stage trains in bf16
+    root: str | Path, # folder of checkpoints, whose `vlm` serves where none is named
+) -> UnderstandingModel:
+    "The frozen vision–language model that a stage stands on"
+    name, size = part.model.get("vlm") or part.options.get("encoder"), part.model.get("image_size") or part.options.get("encoder_size")
+    if not name: return SceneVLM.from_pretrained(Path(root) / "vlm")
+    return load_adapter(name, size, dtype=torch.bfloat16 if part.recipe.precision == "bf16" else torch.float32)
 
 # %% ../../nbs/generate/adapters.ipynb #a885c5e9
 def adapter_sizes(

@@ -84,6 +84,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         guidance_scale: float = 2.0, # default of `generate`
         num_inference_steps: int = 50, # default of `generate`
         vlm: str = "../vlm", # folders of the parts, relative to the saved model; for the VLM also a hub id, see `load_adapter`
+        image_size: int | None = None, # side in pixels of what the VLM's encoder is shown, see `load_adapter`
         reducer: str = "../decoder/reducer",
         pixel_decoder: str = "../decoder/pixel_decoder",
         vlm_fingerprint: str = "", # of their weights; empty accepts any
@@ -143,7 +144,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         config = read_config(folder)
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
         model = cls(**{**config, **overrides})
-        vlm = vlm or load_adapter(part_folder(folder, config["vlm"]))
+        vlm = vlm or load_adapter(part_folder(folder, config["vlm"]), config.get("image_size"))
         if model.config["space"] == "vae": model.attach(vlm, vae=vae or load_vae(part_folder(folder, model.config["vae"])))
         else: model.attach(vlm, reducer or load_reducer(folder / config["reducer"]), pixel_decoder or load_pixel_decoder(folder / config["pixel_decoder"]))
         load_weights(model, folder)

@@ -28,8 +28,8 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
            'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers',
            'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
-           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'Play', 'overview', 'bare_json',
-           'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play',
+           'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -154,7 +154,7 @@ def stage_class(name):  # a key of STAGES
 class Train:
     "Train one stage of a preset."
     stage: str  # one of `STAGES`: parser, contrastive, lit, decoder, decoder-pca, distill, decoder-feedforward, vae, decoder-ldm, vlm, generator, generator-decoupled or generator-repa
-    preset: str = "tiny"  # tiny, small, their -improved twins, smoke or a .json file
+    preset: str = "tiny"  # tiny, small, smoke, paper-imagenet, paper-stockmix (all but smoke also with -improved) or a .json file
     root: Optional[Path] = None  # folder of the preset's checkpoints; default the package's own
     out: Optional[Path] = None  # checkpoint folder to make; default ROOT/STAGE
     state: Optional[Path] = None  # folder of training states; default a hidden folder beside it
@@ -556,18 +556,32 @@ def reference_rows(folder, reference, device, size=128):
 @dataclass
 class Describe:
     "Parameters, operations and memory of a preset's models, without training or weights."
-    preset: str  # tiny, small, their -improved twins, smoke or a .json file
+    preset: str  # tiny, small, smoke, paper-imagenet, paper-stockmix (all but smoke also with -improved) or a .json file
+    batch: Optional[int] = None  # pictures of a micro-batch on one GPU; default the preset's
+    precision: Optional[str] = None  # fp32 or bf16; default the preset's
+    sharding: str = "none"  # how GPUs share the work: none, ddp or fsdp
+    gpus: Optional[int] = None  # that share it; default the preset's
+    ema: Optional[str] = None  # where the moving average is kept: gpu or cpu; default the preset's
     json: Optional[Path] = None  # file for the description; - prints it
 
     def __call__(self, command):
         from vugen.lab.describe import describe
-        found = describe(self.preset)
+        found = describe(self.preset, self.batch, self.precision, self.sharding, self.gpus, self.ema)
         if self.json: write_json(self.json, found)
-        if str(self.json) == "-": return
-        show_rows(found["parts"])
-        print(); show_rows(found["stages"])
-        print(f"\nThe largest stage needs {found['memory_gib']:.2f} GiB to train.")
-        show_notes(found["notes"])
+        if str(self.json) != "-": show_description(found)
+
+# %% ../../nbs/lab/cli.ipynb #86ee9e7b
+def show_description(found):  # what `describe` gives
+    "Tables of parts, counts, costs and memory on standard output."
+    show_rows([{**row, **{key: _amount(row[key]) for key in ("parameters", "trainable", "frozen")}} for row in found["parts"]])
+    print("\nWhat the image tower's parameters come to:"); show_rows([{"parameters": _amount(row["parameters"]), "what": row["what"]} for row in found["counts"]])
+    print("\nDrawing one picture:"); show_rows(found["pictures"])
+    print(f"\nTraining, sharding {found['setup']['sharding']}, GiB a GPU:"); show_rows([{key.removesuffix("_gib"): value for key, value in row.items()} for row in found["stages"]])
+    print(f"\nThe largest stage needs {found['memory_gib']:.2f} GiB a GPU. {found['rule']}")
+    show_notes(found["notes"])
+
+
+def _amount(number): return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number:,}"
 
 # %% ../../nbs/lab/cli.ipynb #d893a798
 @dataclass

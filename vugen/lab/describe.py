@@ -6,21 +6,31 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from ..data.scenes import World
 from ..errors import UserError
 from ..train.presets import load_preset
 
 # %% auto #0
-__all__ = ['CAPTION_TOKENS', 'FROZEN', 'gigaflops', 'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts',
-           'latent_decoder_parts', 'one_step_parts', 'language_parts', 'tower_part', 'generator_parts', 'Tower',
-           'alignment_part', 'baseline_parts', 'parser_parts', 'parts_of', 'lit_parts', 'optional_parts',
-           'stage_memory', 'describe']
+__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES', 'RULE',
+           'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Part',
+           'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts', 'one_step_parts', 'language_parts',
+           'tower_part', 'generator_parts', 'tower_counts', 'Tower', 'alignment_part', 'baseline_parts', 'parser_parts',
+           'scene_parts', 'published', 'published_vlm', 'published_vae', 'pretrained_parts', 'VGGPerceptual',
+           'judge_parts', 'paper_parts', 'parts_of', 'lit_parts', 'optional_parts', 'Setup', 'settled', 'unit_sizes',
+           'stage_memory', 'drawing_costs', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -29,36 +39,93 @@ def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a mul
     with FlopCounterMode(display=False) as counter, torch.no_grad(): run()
     return counter.get_total_flops() / 1e9
 
+# %% ../../nbs/lab/describe.ipynb #af9d2dbc
+PRODUCTS = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul mm bmm mv addmm addmv addr addbmm baddbmm chain_matmul einsum prelu scaled_dot_product_attention".split())  # bf16 under autocast
+EXACT = frozenset("layer_norm rms_norm group_norm softmax log_softmax sum prod cumsum cumprod exp expm1 log log2 log10 log1p pow rsqrt reciprocal softplus cosine_similarity mse_loss l1_loss smooth_l1_loss huber_loss nll_loss kl_div "
+                  "binary_cross_entropy_with_logits norm logsumexp renorm dist cdist pdist interpolate cross_entropy".split())  # fp32 under autocast
+
+# %% ../../nbs/lab/describe.ipynb #93af9949
+class Keeping(torch.autograd.Function):
+    "An operation of which only the shape of its result and what it keeps for the backward pass matter."
+
+    @staticmethod
+    def forward(ctx, shape, rows, keeps_result, *inputs):  # rows: numbers in fp32 that it keeps besides
+        result = inputs[0].new_empty(shape)
+        ctx.save_for_backward(*inputs, *([result] if keeps_result else []), inputs[0].new_empty(rows, dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx, *gradients): raise NotImplementedError("shapes have no gradients")
+
+
+def fused_attention(query, key, value, attn_mask=None, **_):
+    return Keeping.apply((*query.shape[:-1], value.shape[-1]), query.shape[:-1], True, query, key, value, *([] if attn_mask is None else [attn_mask]))
+
+
+def fused_rms_norm(value, normalized_shape, weight=None, eps=None): return Keeping.apply(value.shape, value.shape[:-len(normalized_shape)], False, value)
+
+# %% ../../nbs/lab/describe.ipynb #22c32e00
+_NAMES = {"__matmul__": "matmul", "__rmatmul__": "matmul", "__pow__": "pow", "square": "pow"}  # torch's names of the same operations
+_FUSED = {"scaled_dot_product_attention": fused_attention, "rms_norm": fused_rms_norm}
+
+
+class OnGPU(TorchFunctionMode):
+    "While it is on, operations keep for the backward pass what they would keep on a GPU, in fp32 or under bf16 autocast."
+
+    def __init__(self, precision):  # "fp32" or "bf16"
+        super().__init__()
+        self.precision, self.copies = precision, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = _NAMES.get(getattr(func, "__name__", ""), getattr(func, "__name__", ""))
+        wanted = torch.bfloat16 if name in PRODUCTS else torch.float32 if name in EXACT else None
+        if wanted and self.precision == "bf16": args, kwargs = tree_map(lambda value: self.cast(value, wanted), (args, kwargs or {}))
+        return _FUSED.get(name, func)(*args, **(kwargs or {}))
+
+    def cast(self, value, dtype):
+        "A floating point tensor in another dtype; the copy of a trained weight is made once."
+        if not torch.is_tensor(value) or value.dtype not in (torch.float32, torch.bfloat16) or value.dtype == dtype: return value
+        if not (isinstance(value, nn.Parameter) and value.requires_grad): return value.to(dtype)
+        if id(value) not in self.copies: self.copies[id(value)] = value.to(dtype)
+        return self.copies[id(value)]
+
 # %% ../../nbs/lab/describe.ipynb #9e43e59f
+class Saved(NamedTuple):
+    "Bytes that autograd keeps between the forward and the backward pass."
+    activations: int
+    copies: int  # bf16 copies of trained weights
+
+
 def saved_bytes(run: Callable,  # a forward pass whose result is differentiated
-                module: nn.Module) -> int:  # its parameters and buffers are not counted
-    "Bytes of activations that autograd keeps for the backward pass of `run()`."
-    own = {value.untyped_storage()._cdata for value in [*module.parameters(), *module.buffers()]}
-    kept = {}
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own: kept[storage._cdata] = storage  # held, so that no address is used twice
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): result = run()
+                module: nn.Module,  # its parameters and buffers are not counted
+                precision: str = "fp32") -> Saved:  # or "bf16"
+    "What `run()` would keep on a GPU."
+    def key(tensor): return tensor.untyped_storage()._cdata
+    own, kept, rules = {key(value) for value in [*module.parameters(), *module.buffers()]}, {}, OnGPU(precision)
+    def pack(tensor): kept[key(tensor)] = tensor.untyped_storage(); return tensor  # held, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), rules: result = run()
     del result
-    return sum(storage.nbytes() for storage in kept.values())
+    copies = {key(value): value.untyped_storage().nbytes() for value in rules.copies.values()}
+    return Saved(sum(storage.nbytes() for name, storage in kept.items() if name not in own and name not in copies), sum(copies.values()))
 
 # %% ../../nbs/lab/describe.ipynb #3d557842
 @dataclass
 class Part:
     "A model on the meta device and one pass over `batch` samples."
     name: str  # shown in tables
-    stage: str  # that trains it
+    stage: str  # that trains it, or stands on it alone
     module: nn.Module
     run: Callable  # batch → output
-    trained: bool = True  # by that stage; False is a frozen part of another one
+    trained: bool = True  # by that stage; False is a frozen part
+    half: bool = False  # kept in bf16 where a stage trains in bf16 (only what is frozen everywhere)
 
     def parameters(self): return sum(value.numel() for value in self.module.parameters())
     def trainable(self): return sum(value.numel() for value in self.module.parameters() if value.requires_grad) if self.trained else 0
 
     def row(self):
         "What the table says of it."
-        return {"name": self.name, "parameters": self.parameters(), "trainable": self.trainable(), "gflops_per_image": round(gigaflops(lambda: self.run(1)), 6)}
+        count, trained = self.parameters(), self.trainable()
+        return {"name": self.name, "parameters": count, "trainable": trained, "frozen": count - trained, "gflops_per_image": round(gigaflops(lambda: self.run(1)), 6)}
 
 # %% ../../nbs/lab/describe.ipynb #857c8aba
 CAPTION_TOKENS = 20  # tokens of a caption or question, for costs
@@ -94,18 +161,23 @@ def decoder_parts(preset, world, vision, stage="decoder"):
     dim, tokens = max(1, round(vision.hidden_size / model.pop("ratio", 16))), vision.grid[0] * vision.grid[1]
     reducer, decoder = MLPReducer(vision.hidden_size, dim), PixelDiffusionDecoder(latent_dim=dim, image_size=world.image_size, grid_size=vision.grid[0], **model)
     return reducer, [Part("reducer", stage, reducer, lambda batch: reducer.encode(_meta(batch, tokens, vision.hidden_size)).sum()),
-                     Part("pixel decoder, a step", stage, decoder, lambda batch: decoder(_pictures(batch, world.image_size), _meta(batch), _meta(batch, tokens, dim))[0].sum())]
+                     Part("pixel decoder, a step", stage, decoder, functools.partial(pixel_step, decoder, world.image_size))]
+
+
+def pixel_step(decoder, image_size, batch):
+    "One call of a pixel decoder."
+    return decoder(_pictures(batch, image_size), _meta(batch), _meta(batch, decoder.grid_size**2, decoder.latent_dim))[0].sum()
 
 # %% ../../nbs/lab/describe.ipynb #d5c1e7a2
 def latent_decoder_parts(preset, world, vision, reducer):
-    "The small VAE and the latent diffusion decoder, where the preset has them."
+    "The VAE and the latent diffusion decoder, where the preset has them."
     if "decoder-ldm" not in preset.stages: return []
     from vugen.decode.latent_diffusion import LatentDiffusionDecoder
     from vugen.decode.vae import ConvVAE
-    vae, tokens = ConvVAE(**preset.stage("vae").model), vision.grid[0] * vision.grid[1]
+    vae, tokens = published_vae(preset.stage("decoder-ldm").options["vae"]) if preset.corpus else ConvVAE(**preset.stage("vae").model), vision.grid[0] * vision.grid[1]
     decoder = LatentDiffusionDecoder(latent_dim=reducer.dim, image_size=world.image_size, grid_size=vision.grid[0], vae_channels=vae.latent_channels, vae_factor=vae.factor, **preset.stage("decoder-ldm").model)
     side = world.image_size // vae.factor
-    return [Part("VAE", "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, world.image_size)).mean).sum()),
+    return [Part("VAE", "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, world.image_size)).mean).sum(), trained=preset.corpus is None),
             Part("latent diffusion decoder, a step", "decoder-ldm", decoder, lambda batch: decoder(_meta(batch, vae.latent_channels, side, side), _meta(batch) + 1, _meta(batch, tokens, reducer.dim)).sum())]
 
 # %% ../../nbs/lab/describe.ipynb #93e891e3
@@ -149,6 +221,16 @@ def generator_parts(preset, vision, vlm, reducer):
     return [tower_part("image tower, a step", "generator", preset, vlm, reducer.dim, vision.grid)]
 
 
+def tower_counts(parts):  # every Part
+    "What the image tower's parameters come to, counted in three ways."
+    tower, told = (next(part.module for part in parts if part.name == name) for name in ("image tower, a step", "language model"))
+    count = lambda *modules: sum(value.numel() for module in modules for value in module.parameters())
+    embeddings = next(module.embed_tokens for module in told.modules() if hasattr(module, "embed_tokens"))
+    return [{"what": "layers and last norm, copied from the language model", "parameters": count(tower.tower)},
+            {"what": "all that is trained: these, the time embedding and the projections in and out", "parameters": count(tower)},
+            {"what": "a copy of the whole language model, its token embeddings included (image tokens use none)", "parameters": count(tower.tower, embeddings)}]
+
+
 class Tower(nn.Module):
     "The part of a mixture of transformers that is its own: everything but the frozen text decoder."
     def __init__(self, mixture):
@@ -184,15 +266,149 @@ def parser_parts(preset, world):
     return [Part("scene parser", "parser", parser, lambda batch: sum(value.sum() for value in parser(_pictures(batch, parser.image_size)).values()))]
 
 
+def scene_parts(preset):  # of scenes
+    "Every part of a preset whose encoder and language model are our own."
+    world = World(**preset.world)
+    contrastive, parts = encoder_parts(preset, world)
+    reducer, pixels = decoder_parts(preset, world, contrastive.vision)
+    vlm, language = language_parts(preset, world, contrastive.vision)
+    return [*parser_parts(preset, world), *parts, *pixels, *one_step_parts(preset, world, contrastive.vision, reducer), *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language,
+            *generator_parts(preset, contrastive.vision, vlm, reducer), *baseline_parts(preset, world, contrastive.vision, vlm)]
+
+# %% ../../nbs/lab/describe.ipynb #bd58c734
+PUBLISHED = {  # sizes of models by hub id
+    "facebook/Perception-LM-1B": dict(  # Perception Encoder L/14 with 23 layers, and a Llama of 1.2 billion parameters whose embeddings are tied
+        vision=dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=448, patch_size=14, hidden_act="gelu", model_args=dict(embed_dim=1024)),
+        text=dict(model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=11_520),
+        pooling=2),
+    "facebook/dinov2-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, image_size=518, patch_size=14),
+    "cross-attention/asymmetric-autoencoder-kl-x-2": dict(
+        down_block_types=("DownEncoderBlock2D",) * 4, down_block_out_channels=(128, 256, 512, 512), layers_per_down_block=2, up_block_types=("UpDecoderBlock2D",) * 4, up_block_out_channels=(256, 512, 1024, 1024),
+        layers_per_up_block=5, latent_channels=4, norm_num_groups=32, sample_size=32, scaling_factor=0.18215),
+}
+
+
+def published(name, kind):  # hub id; what it is, for the message
+    "The sizes of a published model."
+    if name not in PUBLISHED: raise UserError(f"The sizes of the {kind} {name} are not known here: name one of {', '.join(PUBLISHED)}, or a folder in its own format.")
+    return PUBLISHED[name]
+
+# %% ../../nbs/lab/describe.ipynb #b15a012e
+def published_vlm(name):  # hub id in `PUBLISHED`, or a folder in transformers' format
+    "A vision–language model of PerceptionLM's or LLaVA's kind, untrained."
+    from transformers import AutoConfig, AutoModelForImageTextToText, PerceptionLMConfig
+    if Path(name).expanduser().is_dir(): config = AutoConfig.from_pretrained(Path(name).expanduser(), local_files_only=True)
+    else:
+        sizes = published(name, "vision–language model")
+        config = PerceptionLMConfig(vision_config=sizes["vision"], text_config=sizes["text"], projector_pooling_ratio=sizes["pooling"], tie_word_embeddings=True)
+    try: model = AutoModelForImageTextToText.from_config(config)
+    except (ValueError, ImportError) as error: raise UserError(f"{name} cannot be built to be described ({str(error).splitlines()[0][:100]}): give a vision–language model of transformers and the packages it needs.") from error
+    if not all(hasattr(model.model, part) for part in ("vision_tower", "multi_modal_projector")): raise UserError(f"{name} is a {config.model_type} model: describe knows PerceptionLM and LLaVA.")
+    return model
+
+# %% ../../nbs/lab/describe.ipynb #cfeac8b8
+def published_vae(name):  # hub id in `PUBLISHED`, or a folder
+    "An asymmetric VAE of diffusers, untrained and frozen."
+    from vugen.decode.vae import DiffusersVAE, diffusers_class
+    kind, folder = diffusers_class("AsymmetricAutoencoderKL"), Path(name).expanduser()
+    if not folder.is_dir(): return DiffusersVAE(kind(**published(name, "VAE")))
+    try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error: raise UserError(f"{folder}/config.json cannot be read: give the folder of a VAE of diffusers.") from error
+    return DiffusersVAE(diffusers_class(config.get("_class_name", "AutoencoderKL")).from_config(config))
+
+# %% ../../nbs/lab/describe.ipynb #5e176267
+def pretrained_parts(preset):
+    "Encoder, projector and language model of a published vision–language model: frozen in every stage."
+    from vugen.generate.mixture_of_transformers import text_decoder
+    model = preset.stage("generator").model
+    vlm = published_vlm(model["vlm"]).requires_grad_(False)
+    tower, projector, decoder, config = vlm.model.vision_tower, vlm.model.multi_modal_projector, text_decoder(vlm), vlm.config.vision_config
+    own = getattr(config, "image_size", None)
+    side, patch = model.get("image_size") or own, config.patch_size
+    vision = SimpleNamespace(hidden_size=config.hidden_size, grid=(side // patch,) * 2)
+    resized = {} if side == own else dict(interpolate_pos_encoding=True)
+    def told(batch): return decoder(inputs_embeds=_meta(batch, CAPTION_TOKENS, decoder.config.hidden_size), attention_mask=_meta(batch, 1, CAPTION_TOKENS, CAPTION_TOKENS), use_cache=False).last_hidden_state
+    frozen = dict(stage="none", trained=False, half=True)
+    return vision, SimpleNamespace(language_model=decoder), [
+        Part("vision encoder", module=tower, run=lambda batch: tower(_pictures(batch, side), **resized).last_hidden_state, **frozen),
+        Part("projector", module=projector, run=lambda batch: projector(_meta(batch, vision.grid[0] * vision.grid[1], vision.hidden_size)), **frozen),
+        Part("language model", module=decoder, run=told, **frozen)]
+
+# %% ../../nbs/lab/describe.ipynb #2110ef0f
+_VGG = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # channels of VGG-16's convolutions, 0 where it halves
+
+
+class VGGPerceptual(nn.Module):
+    "LPIPS on VGG-16 in shapes alone: five maps, and a weight for each channel of each."
+    def __init__(self):
+        super().__init__()
+        widths = [3, *(width for width in _VGG if width)]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:]))
+        self.weights = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in (64, 128, 256, 512, 512))
+        self.requires_grad_(False)
+
+    def maps(self, images):
+        "The five maps [B, C, h, w] before each halving and at the end."
+        found, layers = [], iter(self.convolutions)
+        for width in (*_VGG, 0):
+            if width: images = next(layers)(images).relu_()
+            else: found.append(images); images = nn.functional.max_pool2d(images, 2)
+        return found
+
+    def forward(self, first, second):
+        from vugen.decode.perceptual import unit_channels
+        pairs = zip(self.weights, self.maps(first), self.maps(second))
+        return sum(weight((unit_channels(a) - unit_channels(b)).square()).mean((1, 2, 3)) for weight, a, b in pairs)
+
+# %% ../../nbs/lab/describe.ipynb #4331a5f3
+def _perceptual(name, size):
+    "A perceptual network on the meta device, or None."
+    from vugen.decode.perceptual import build_perceptual
+    if name == "lpips-vgg": return VGGPerceptual().to("meta")
+    found = build_perceptual(name, size)
+    return found if found is None else found.to("meta")
+
+
+def _aligned(name, grid):
+    "(encoder on the meta device, width of its tokens, side of its pictures in pixels), or None."
+    from vugen.decode.perceptual import alignment_encoder
+    if not name or name == "none": return None
+    if name == "efficientnet":
+        found = alignment_encoder(name, grid)
+        return found.to("meta"), found.hidden_size, found.image_size
+    from transformers import Dinov2Config, Dinov2Model
+    config = Dinov2Config(**published(name, "alignment encoder"))
+    with torch.device("meta"): return Dinov2Model(config).requires_grad_(False), config.hidden_size, config.patch_size * grid
+
+# %% ../../nbs/lab/describe.ipynb #16d9f071
+def judge_parts(preset, hidden_size, stage="decoder"):  # hidden_size: of the pixel decoder's tokens
+    "The frozen networks of the pixel decoder's losses, and the projector that alignment trains."
+    from vugen.decode.perceptual import FeatureAlignment
+    options, size, parts = preset.stage(stage).options, preset.world["image_size"], []
+    judge, target, grid = _perceptual(options.get("perceptual"), options.get("perceptual_size", 64)), _aligned(options.get("alignment"), size // 8), size // 8
+    if judge is not None: parts.append(Part("perceptual network", stage, judge, lambda batch: judge(_pictures(batch, size).requires_grad_(), _pictures(batch, size)).sum(), trained=False))
+    if target is None: return parts
+    encoder, width, side = target
+    def look(batch):
+        with torch.no_grad(): return encoder(_pictures(batch, side))
+    link = FeatureAlignment(hidden_size, width).to("meta")
+    return [*parts, Part("alignment encoder", stage, encoder, look, trained=False),
+            Part("alignment projector", stage, link, lambda batch: link(_meta(batch, grid**2, hidden_size), _meta(batch, grid**2, width)))]
+
+# %% ../../nbs/lab/describe.ipynb #95bda44f
+def paper_parts(preset):  # on a corpus
+    "Every part of a preset that stands on published models."
+    world = World(**preset.world)
+    vision, vlm, pretrained = pretrained_parts(preset)
+    reducer, pixels = decoder_parts(preset, world, vision)
+    student = replace(pixels[1], name="distilled decoder, its one step", stage="distill", module=copy.deepcopy(pixels[1].module))
+    student.run = functools.partial(pixel_step, student.module, world.image_size)
+    return [*pretrained, *pixels, *([student] if "distill" in preset.stages else []), *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer)]
+
+
 def parts_of(preset):  # Preset
     "Every part of a preset, on the meta device."
-    world = World(**preset.world)
-    with torch.device("meta"):
-        contrastive, parts = encoder_parts(preset, world)
-        reducer, pixels = decoder_parts(preset, world, contrastive.vision)
-        vlm, language = language_parts(preset, world, contrastive.vision)
-        return [*parser_parts(preset, world), *parts, *pixels, *one_step_parts(preset, world, contrastive.vision, reducer), *latent_decoder_parts(preset, world, contrastive.vision, reducer), *language,
-                *generator_parts(preset, contrastive.vision, vlm, reducer), *baseline_parts(preset, world, contrastive.vision, vlm)]
+    with torch.device("meta"): return paper_parts(preset) if preset.corpus else scene_parts(preset)
 
 # %% ../../nbs/lab/describe.ipynb #e02e1fd8
 def lit_parts(preset):
@@ -210,35 +426,108 @@ def lit_parts(preset):
 
 def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
     "Parts of the stages that need a package which may be missing."
-    if "lit" not in preset.stages: return [], {}
-    try: return lit_parts(preset), {}
-    except UserError as error: return [], {"lit": str(error)}
+    found, notes, decoder = [], {}, preset.stage("decoder").model
+    width = decoder["base_channels"] * decoder["multipliers"][-1]
+    judged = [stage for stage in ("decoder", "distill") if stage in preset.stages and (stage == "decoder" or preset.corpus)]
+    makers = {"losses of the pixel decoder": lambda: [part for stage in judged for part in judge_parts(preset, width, stage)], **({"lit": lambda: lit_parts(preset)} if "lit" in preset.stages else {})}
+    for name, make in makers.items():
+        try: found += make()
+        except UserError as error: notes[name] = str(error)
+    return found, notes
 
 # %% ../../nbs/lab/describe.ipynb #8f498020
 FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
+          "distill": ("vision encoder", "reducer", "pixel decoder, a step"),
           **{name: ("vision encoder", "projector", "language model", "VAE") for name in ("generator-decoupled", "generator-repa")}}
+SHARDINGS, PRECISIONS, EMA_PLACES = ("none", "ddp", "fsdp"), ("fp32", "bf16"), ("gpu", "cpu")
 
 
-def stage_memory(stage, part, parts):  # StagePreset and every Part
-    "Bytes that training the stage needs, by kind."
-    recipe, own = part.recipe, [each for each in parts if each.stage == stage]
-    trainable, frozen = sum(each.trainable() for each in own), sum(each.parameters() for each in parts if each.name in FROZEN.get(stage, ()))
-    micro = recipe.batch_size // recipe.gradient_accumulation
-    found = {"weights": 4 * (sum(each.parameters() for each in own) + frozen), "gradients": 4 * trainable, "moments": 8 * trainable,
-             "ema": 4 * trainable if recipe.ema_decay else 0, "activations": sum(saved_bytes(lambda each=each: each.run(micro), each.module) for each in own)}
-    return {**found, "total": sum(found.values())}
+@dataclass(frozen=True)
+class Setup:
+    "How a stage is trained; whatever is None is as the preset has it."
+    batch: int | None = None  # pictures of a micro-batch on one GPU
+    precision: str | None = None  # "fp32" or "bf16"
+    sharding: str = "none"  # "none", "ddp" or "fsdp"
+    gpus: int | None = None  # that share the work; one without sharding
+    ema: str | None = None  # where the moving average is kept: "gpu" or "cpu"
+
+    def __post_init__(self):
+        for name, value, known in (("precision", self.precision, (None, *PRECISIONS)), ("sharding", self.sharding, SHARDINGS), ("ema", self.ema, (None, *EMA_PLACES))):
+            if value not in known: raise UserError(f"{name} is {value!r}: give one of {', '.join(filter(None, known))}.")
+        for name, value in (("batch", self.batch), ("gpus", self.gpus)):
+            if value is not None and value < 1: raise UserError(f"{name} is {value}: give at least 1.")
+        if self.sharding == "none" and (self.gpus or 1) > 1: raise UserError(f"{self.gpus} GPUs need a way to share the work: add --sharding ddp or fsdp.")
+
+# %% ../../nbs/lab/describe.ipynb #13d4a1a3
+def settled(setup, part):  # Setup, StagePreset
+    "The setup with the stage's own values where it leaves them open."
+    recipe, planned = part.recipe, part.options.get("gpus", 1)
+    gpus = 1 if setup.sharding == "none" else setup.gpus or max(planned, 2)
+    batch = setup.batch or max(1, recipe.batch_size // recipe.gradient_accumulation // max(planned, gpus))
+    return Setup(batch, setup.precision or {"auto": "fp32"}.get(recipe.precision, recipe.precision), setup.sharding, gpus, setup.ema or ("cpu" if recipe.ema_device == "cpu" else "gpu"))
+
+# %% ../../nbs/lab/describe.ipynb #1a5b93e2
+def unit_sizes(module: nn.Module) -> tuple:  # parameters outside of stacks, and a list: of each block in a stack
+    "What FSDP gathers at a time."
+    blocks = []
+    def walk(part):
+        for child in part.children(): blocks.extend(child) if isinstance(child, nn.ModuleList) else walk(child)
+    walk(module)
+    sizes = [sum(value.numel() for value in block.parameters()) for block in blocks]
+    return sum(value.numel() for value in module.parameters()) - sum(sizes), sizes
+
+# %% ../../nbs/lab/describe.ipynb #ce27cd3a
+def _gathered(parts, setup):
+    "Bytes that FSDP holds whole at a time: all outside of stacks, two blocks, one block's gradients."
+    units = [(part, *unit_sizes(part.module)) for part in parts]
+    outside, blocks = sum(size for _, size, _ in units), sorted((size for _, _, sizes in units for size in sizes), reverse=True)
+    trained = max((size for part, _, sizes in units if part.trainable() for size in sizes), default=0)
+    return (2 if setup.precision == "bf16" else 4) * (outside + sum(blocks[:2])) + 4 * trained
+
+
+def stage_memory(stage, part, parts, setup=Setup()):  # StagePreset and every Part
+    "Bytes that training the stage needs on each GPU, by kind."
+    own, held = [each for each in parts if each.stage == stage], [each for each in parts if each.stage == stage or each.name in FROZEN.get(stage, ())]
+    setup = settled(setup, part)
+    trained, share = sum(each.trainable() for each in own), setup.gpus if setup.sharding == "fsdp" else 1
+    frozen = sum((2 if each.half and setup.precision == "bf16" else 4) * (each.parameters() - (each.trainable() if each in own else 0)) for each in held)
+    kept = [saved_bytes(lambda each=each: each.run(setup.batch), each.module, setup.precision) for each in own]
+    found = {"weights": (4 * trained + frozen) / share, "gradients": 4 * trained / share, "moments": 8 * trained / share, "ema": 4 * trained / share if part.recipe.ema_decay and setup.ema == "gpu" else 0,
+             "copies": _gathered(held, setup) if setup.sharding == "fsdp" else sum(each.copies for each in kept), "buckets": 4 * trained if setup.sharding == "ddp" else 0, "activations": sum(each.activations for each in kept)}
+    return {**{kind: int(value) for kind, value in found.items()}, "total": int(sum(found.values())), "at_least": int(sum(found.values()) - min(found["gradients"], found["activations"]))}
 
 # %% ../../nbs/lab/describe.ipynb #5d3b711d
 FROZEN.update({"distill": ("vision encoder", "reducer", "pixel decoder, a step"), "decoder-feedforward": ("vision encoder", "reducer")})
 
 # %% ../../nbs/lab/describe.ipynb #e321a5ea
-def describe(name: str = "tiny") -> dict:  # a preset's name or .json file
-    """{"preset", "parts": [{"name", "parameters", "trainable", "gflops_per_image"}], "stages": [{"stage", "memory_gib", …}], "memory_gib", "notes": {what is left out: why}}.
-    `gflops_per_image` is one forward pass (one step of a sampler), `memory_gib` the most that a stage needs."""
-    preset = load_preset(name)
+RULE = ("Per GPU and trained parameter: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of moving average; per frozen one 4, or 2 for a published vision-language model in bf16. Activations and autocast's bf16 copies are what autograd would keep on a GPU, counted on shapes. "
+        "Not counted: the CUDA context, workspaces of kernels, the allocator's slack, and what gradient checkpointing saves.")
+
+
+def drawing_costs(preset, rows):  # rows of every Part
+    "GFLOPs of drawing one picture, by what draws it."
+    cost, model = {row["name"]: row["gflops_per_image"] for row in rows}, preset.stage("generator").model
+    passes = 1 if model["guidance_scale"] == 1 else 2
+    found = {f"image tower, {model['num_inference_steps']} steps{' with guidance' * (passes == 2)}": passes * model["num_inference_steps"] * cost["image tower, a step"],
+             "pixel decoder, 8 steps": 8 * cost["pixel decoder, a step"], "pixel decoder distilled to 1 step": cost["pixel decoder, a step"]}
+    if "latent diffusion decoder, a step" in cost: found["latent diffusion decoder, 25 steps"] = 25 * cost["latent diffusion decoder, a step"]
+    return [{"what": name, "gflops_per_image": round(value, 4)} for name, value in found.items()]
+
+
+def describe(name: str = "tiny",  # a preset's name or .json file
+             batch: int | None = None, precision: str | None = None, sharding: str = "none", gpus: int | None = None, ema: str | None = None,  # see `Setup`
+             ) -> dict:
+    """{"preset", "parts": [{"name", "parameters", "trainable", "frozen", "gflops_per_image"}], "counts", "pictures", "stages": [{"stage", "memory_gib", …}], "memory_gib", "setup", "rule", "notes": {what is left out: why}}.
+    `gflops_per_image` is one forward pass (one step of a sampler), `memory_gib` the most that a GPU needs for a stage: an upper bound, `at_least_gib` a lower one."""
+    preset, setup = load_preset(name), Setup(batch, precision, sharding, gpus, ema)
+    if not {"decoder", "generator"} <= set(preset.stages): raise UserError(f"{name} has no stages 'decoder' and 'generator' to describe: give a preset with both.")
     more, notes = optional_parts(preset)
     parts = parts_of(preset) + more
-    stages = {stage: stage_memory(stage, preset.stage(stage), parts) for stage in preset.stages if any(part.stage == stage for part in parts)}
-    rows = [{"stage": stage, "batch": preset.stage(stage).recipe.batch_size, "steps": preset.stage(stage).recipe.steps,
-             **{f"{kind}_gib": round(value / 2**30, 4) for kind, value in memory.items() if kind != "total"}, "memory_gib": round(memory["total"] / 2**30, 4)} for stage, memory in stages.items()]
-    return {"preset": preset.name, "parts": [part.row() for part in parts], "stages": rows, "memory_gib": max(row["memory_gib"] for row in rows), "notes": notes}
+    rows, stages = [part.row() for part in {part.name: part for part in parts}.values()], []  # a judge of two stages stands in the table once
+    for stage in (stage for stage in preset.stages if any(part.stage == stage for part in parts)):
+        own = settled(setup, preset.stage(stage))
+        memory = stage_memory(stage, preset.stage(stage), parts, own)
+        stages.append({"stage": stage, "steps": preset.stage(stage).recipe.steps, "batch": own.batch, "precision": own.precision, "gpus": own.gpus, "ema": own.ema,
+                       **{f"{kind}_gib": round(value / 2**30, 4) for kind, value in memory.items() if kind != "total"}, "memory_gib": round(memory["total"] / 2**30, 4)})
+    return {"preset": preset.name, "parts": rows, "counts": tower_counts(parts), "pictures": drawing_costs(preset, rows), "stages": stages,
+            "memory_gib": max(row["memory_gib"] for row in stages), "setup": {"sharding": sharding}, "rule": RULE, "notes": notes}

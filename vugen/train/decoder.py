@@ -209,7 +209,13 @@ class DecoderStage:
         self.part = preset.stage(self.name)
         self.world, self.seed, self.options = World(**preset.world), self.part.recipe.seed, self.part.options
         self.pictures = Pictures(self.world, self.options.get("mixture", {"scenes": 1.0}))
-        self.encoder = encoder or ContrastiveModel.from_pretrained(self.root / "contrastive").vision
+        self.encoder = encoder or self.find_encoder()
+
+    def find_encoder(self):
+        "The encoder of the vision–language model that options.encoder names, or root/contrastive."
+        if not self.options.get("encoder"): return ContrastiveModel.from_pretrained(self.root / "contrastive").vision
+        from vugen.generate.adapters import stage_vlm
+        return stage_vlm(self.part, self.root).vision
 
     def build(self) -> DecoderTraining:
         model = dict(self.part.model)

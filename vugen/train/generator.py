@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
 from ..generate.baselines import AlignedGenerator, alignment_targets, decoupled
 from ..generate.text_to_image import TextToImage, load_pixel_decoder
-from ..generate.vlm import SceneVLM
+from ..generate.adapters import stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from .loop import stage_main, step_seed
@@ -60,8 +60,9 @@ class GeneratorStage:
 
     def build(self):
         "A tower grown from the language model; the judge is loaded too, so that a missing one is found out now"
+
         self.parser = SceneParser.from_pretrained(self.root / "parser")
-        self.model = self.grow(SceneVLM.from_pretrained(self.root / "vlm"))
+        self.model = self.grow(stage_vlm(self.part, self.root))
         self.pool = self.pool_of(self.latents)
         return self.model
 

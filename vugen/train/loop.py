@@ -36,7 +36,7 @@ from torch import nn
 from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir
 from .cards import as_rows, environment, model_card
-from .presets import Preset, Recipe, data_fingerprint, load_preset, override
+from .presets import Preset, Recipe, check_inputs, data_fingerprint, load_preset, override
 
 # %% ../../nbs/train/loop.ipynb #2bb35ae6
 class Stage(Protocol):
@@ -587,7 +587,7 @@ def _outcome(training, out, command, show):
 def stage_parser(name):
     "The options of a stage's program."
     parser = argparse.ArgumentParser(prog=f"python -m vugen.train.{name.replace('-', '_')}", description=f"Train the stage {name!r} of a preset.")
-    parser.add_argument("--preset", default="tiny", help="tiny, small, their -improved twins, smoke or a .json file")
+    parser.add_argument("--preset", default="tiny", help="tiny, small, smoke, paper-imagenet, paper-stockmix (all but smoke also with -improved) or a .json file")
     parser.add_argument("--root", type=Path, help="folder of the preset's checkpoints (default: the package's data/checkpoints/PRESET)")
     parser.add_argument("--out", type=Path, help="checkpoint folder to make (default: ROOT/STAGE)")
     parser.add_argument("--state", type=Path, help="folder of training states (default: a hidden folder beside OUT)")
@@ -615,6 +615,7 @@ def train_stage(stage_class, arguments, name=None, command=""):
     "Train as the parsed arguments say; the result of `run`."
     name = name or stage_class.name
     preset = override(load_preset(arguments.preset), name, settings_of(arguments))
+    check_inputs(preset, name)
     root = Path(arguments.root or checkpoints_dir(preset.name)).expanduser().resolve()
     out = Path(arguments.out or root / name).expanduser().resolve()
     stage = stage_class(preset, root)
