@@ -74,4 +74,5 @@ def test_the_embedded_checkpoints_were_trained_as_the_preset_says(name):
     run = json.loads((checkpoints_dir("tiny") / name / "run.json").read_text())
     part = load_preset("tiny").stage(name)
     said = json.loads(json.dumps({"model": part.model, "options": part.options, "recipe": asdict(part.recipe)}))
+    run["recipe"] = json.loads(json.dumps(asdict(Recipe(**run["recipe"]))))  # a record may be older than the newest keys, whose defaults change nothing
     assert {key: run[key] for key in said} == said and run["steps"] == part.recipe.steps
