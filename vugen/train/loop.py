@@ -321,7 +321,8 @@ def _corpus_facts(stage):
     preset, corpus = getattr(stage, "preset", None), getattr(stage, "corpus", None)
     if corpus is None: return {}
     facts = {key: value for key, value in preset.corpus.items() if key != "workers"}
-    return {**facts, "path": Path(str(facts["path"])).name, "fingerprint": corpus.fingerprint()}
+    on_hub = facts["kind"] == "hub" and not Path(str(facts["path"])).exists()
+    return {**facts, "path": facts["path"] if on_hub else Path(str(facts["path"])).name, "fingerprint": corpus.fingerprint()}
 
 # %% ../../nbs/train/loop.ipynb #dbf1c7d5
 def to_device(value, device):
