@@ -7,11 +7,13 @@ __all__ = ['HELD_OUT_PHOTOGRAPHS', 'TRAINING_PHOTOGRAPHS', 'CROP_STREAM', 'CHOIC
            'photograph_stack', 'photograph_crops', 'one_crop', 'as_source', 'as_mixture', 'SceneCorpus',
            'read_metadata', 'sidecar', 'fill_template', 'read_classes', 'share_of', 'divide', 'skipped_report',
            'epoch_order', 'ImageFolder', 'deal', 'lane_of', 'Cursor', 'Lane', 'Blocks', 'image_column', 'told_by',
-           'StreamCorpus', 'tar_files', 'open_webdataset', 'open_hub', 'open_corpus']
+           'StreamCorpus', 'tar_files', 'open_webdataset', 'open_hub', 'open_corpus', 'Pairs']
 
 # %% ../../nbs/data/corpora.ipynb #ef0abc7c
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -266,6 +268,17 @@ class ImageFolder:
         made = self.batch(indices)
         return made["images"], made["captions"]
 
+    def first(self, count) -> tuple: # images [n, 3, S, S], captions [n], n ≤ count
+        "The first samples of this part that can be read, each once"
+        readable = ((image, self.caption(number)) for number in self.members if (image := self.image(number)) is not None)
+        found = list(itertools.islice(readable, count))
+        if not found: raise UserError(f"{self.folder}: not one of {len(self)} pictures of this part can be read: hold out more (corpus.held_out).")
+        return torch.cat([image for image, _ in found]), [caption for _, caption in found]
+
+    def told(self, count) -> list: # captions
+        "The captions of the first samples, whose pictures are not read"
+        return [self.caption(number) for number in self.members[:count]]
+
     def _readable(self, place):
         for step in range(len(self)):
             following = self.members[(place + step) % len(self)]
@@ -471,6 +484,26 @@ class StreamCorpus:
         with ThreadPoolExecutor(max(1, self.workers)) as readers: made = list(readers.map(self._decode, raw))
         return torch.cat([image for image, _ in made]), [caption for _, caption in made]
 
+    def _once(self):
+        "Raw samples of this part, each once, shard after shard"
+        lane = Lane(self.dataset, list(range(self.dataset.num_shards)), (0, 0), self.blocks[0].lane.keep, self.skipped)
+        for sample in lane:
+            if lane.at.epoch: return
+            yield sample
+
+    def first(self, count) -> tuple: # images [n, 3, S, S], captions [n], n ≤ count
+        "The first samples of this part that can be read, each once"
+        found = []
+        for sample in self._once():
+            with contextlib.suppress(UserError): found.append(self._decode([sample]))
+            if len(found) == count: break
+        if not found: raise UserError("not one picture of this part can be read: hold out more (corpus.held_out).")
+        return torch.cat([image for image, _ in found]), [caption for _, caption in found]
+
+    def told(self, count) -> list: # captions
+        "The captions of the first samples, whose pictures are not read"
+        return [told_by(sample, self.column, self.features, self.template) for _, sample in itertools.islice(self._once(), count)]
+
     def fingerprint(self) -> str:
         "16 hex digits over the name of the set and its shards"
         return hashlib.sha256(f"{self.name} {self.dataset.num_shards}".encode()).hexdigest()[:16]
@@ -542,3 +575,28 @@ def open_corpus(
     if kind not in ("webdataset", "hub"): raise UserError(f"corpus.kind is {kind!r}: choose images, webdataset or hub.")
     dataset, name = open_webdataset(path) if kind == "webdataset" else open_hub(path, corpus["config"], corpus["split"])
     return StreamCorpus(dataset, image_size, seed, batch_size, image=corpus["image"], block=corpus["block"], name=name, **common)
+
+# %% ../../nbs/data/corpora.ipynb #5821de8f
+class Pairs:
+    "What a stage learns from and what is held out; state, counts and fingerprint are those of the first"
+    def __init__(self,
+        corpus: dict, # see `open_corpus`
+        image_size: int, # pixels along a side
+        seed: int = 0, # of the order
+        batch_size: int = 64, # samples a step over all processes
+    ):
+        self.open = functools.partial(open_corpus, corpus, image_size, batch_size=batch_size)
+        self.seed, self.train, self.test = seed, self.open(seed=seed, part="train"), open_corpus(corpus, image_size, part="test", batch_size=1)
+        self.test.first(1) # a corpus that holds nothing out is found before the training, not after it
+        self.samples, self.fingerprint, self.report = self.train.samples, self.train.fingerprint, self.train.report
+        self.state, self.load_state, self.told = self.train.state, self.train.load_state, self.train.told
+
+    def __len__(self): return len(self.train)
+
+    def held_out(self, count: int) -> tuple: # images [n, 3, S, S], captions [n]
+        "Pairs that are never trained on"
+        return self.test.first(count)
+
+    def of_seed(self, seed: int): # a corpus
+        "The training part in another order: it does not disturb the reading of the first"
+        return self.train if seed == self.seed else self.open(seed=seed, part="train")
