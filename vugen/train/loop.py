@@ -675,7 +675,7 @@ def run_record(training, rows, evaluation_seconds, command):
     preset = getattr(stage, "preset", None)
     return {"stage": stage.name, "preset": preset.name if preset else "none", "about": getattr(stage, "about", ""), "command": command, "steps": training.step,
             "wall_seconds": round(training.seconds + evaluation_seconds, 1), "evaluation_seconds": round(evaluation_seconds, 1), "trainable_parameters": training.trainable,
-            "processes": training.world, "precision": {"no": "fp32"}.get(training.accelerator.mixed_precision, training.accelerator.mixed_precision), "recipe": what["recipe"], "model": what["model"],
+            "processes": training.world, **({"sharding": "FSDP"} if training.sharded else {}), "precision": {"no": "fp32"}.get(training.accelerator.mixed_precision, training.accelerator.mixed_precision), "recipe": what["recipe"], "model": what["model"],
             "options": what["options"], "world": what["world"], "frozen_weights": training.frozen, "changes": training.changes,
             "data_fingerprint": data_fingerprint(preset, stage.name) if preset and stage.name in preset.stages else "", "environment": environment(training.device), **_corpus_record(training), "rows": rows}
 
@@ -842,7 +842,14 @@ def stage_main(stage_class,  # class of the stage
     "Parse, train, and leave the process with an exit code: 0, 2 after a `UserError` (one sentence on stderr), 128 + signal."
     name, argv = name or stage_class.name, sys.argv[1:] if argv is None else argv
     try: result = train_stage(stage_class, stage_parser(name).parse_args(argv), name, command_line(name, argv))
-    except UserError as error: print(f"vugen train {name}: {error}", file=sys.stderr); sys.exit(2)
+    except UserError as error: print(f"vugen train {name}: {error}", file=sys.stderr); _leave(2)
     sentence, code = say_outcome(result, name)
     if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code):
+    "End the process; one of several ends at once, because threads of the process group may hang or abort while they are torn down."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): sys.exit(code)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
