@@ -326,6 +326,7 @@ class Cursor:
     number: int = 0 # samples of this shard that were read
     inner: dict | None = None # `state_dict` of the shard's dataset
     kept: int = 0 # samples that this epoch has given
+    wide: bool = False # the lane's own shards hold nothing, and it reads all others
 
 # %% ../../nbs/data/corpora.ipynb #8adf78ba
 class Lane:
@@ -337,7 +338,8 @@ class Lane:
         keep, # (shard, number in it) → whether the sample belongs to this part of the corpus
         skipped: dict, # name → reason, shared by all lanes
     ):
-        self.dataset, self.shards, self.order, self.keep, self.skipped = dataset, shards, order, keep, skipped
+        self.dataset, self.own, self.order, self.keep, self.skipped = dataset, shards, order, keep, skipped
+        self.others = [shard for shard in range(dataset.num_shards) if shard not in shards]
         self.go_to(Cursor())
 
     def go_to(self, cursor: Cursor):
@@ -348,6 +350,9 @@ class Lane:
         "Where the lane stands now"
         inner = self.part.state_dict() if self.part is not None and self.at.number else self.at.inner
         return Cursor(**{**self.at.__dict__, "inner": json.loads(json.dumps(inner))})
+
+    @property
+    def shards(self): return self.others if self.at.wide else self.own
 
     def shard(self) -> int:
         "The shard that is read now"
@@ -361,9 +366,10 @@ class Lane:
 
     def _leave(self):
         "Go to the next shard, and after the last to the next epoch"
-        place = self.at.place + 1
-        if place == len(self.shards) and not self.at.kept: raise UserError(f"shards {self.shards} of the corpus hold no sample of this part: check the files, or hold out less (corpus.held_out).")
-        self.go_to(Cursor(self.at.epoch, place, kept=self.at.kept) if place < len(self.shards) else Cursor(self.at.epoch + 1))
+        place, epoch = self.at.place + 1, self.at.epoch
+        if place < len(self.shards): return self.go_to(Cursor(epoch, place, kept=self.at.kept, wide=self.at.wide))
+        if not self.at.kept and (self.at.wide or not self.others): raise UserError("the shards of the corpus hold no sample of this part: check the files, or change what is held out (corpus.held_out).")
+        self.go_to(Cursor(epoch + 1, wide=self.at.wide or not self.at.kept))
 
     def __iter__(self): return self
 
