@@ -20,6 +20,7 @@ def test_wheel_holds_modules_and_checkpoints(tmp_path):
     assert run.returncode == 0, run.stderr
     inside = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     modules = tracked("vugen", ".py")
+    launch = {"vugen/_" + name for name in tracked("data/accelerate", ".yaml")}
     weights = {"vugen/_" + name for name in tracked("data/checkpoints", (".safetensors", ".json"))}
-    assert modules and weights and modules <= inside and weights <= inside
+    assert modules and weights and launch and modules | weights | launch <= inside
     assert not [name for name in inside if "/.state-" in name or name.endswith(".tmp")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vugen.data.images import (MAX_PIXELS, fit_square, grid, load_image, photograph_path, sample_photographs, save_png, to_pil, to_tensor)
+from vugen.data.images import (MAX_PIXELS, center_crop, fit_square, grid, load_image, photograph_path, sample_photographs, save_png, to_pil, to_tensor)
 from vugen.errors import UserError
 
 RAMP = np.linspace(0, 255, 64, dtype=np.uint8)[None].repeat(40, 0)
@@ -242,3 +242,21 @@ def test_photographs_come_from_installed_packages_alone(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a connection was opened"))
     assert set(sample_photographs(("cat", "temple"))) == {"cat", "temple"}
     with pytest.raises(UserError, match="unicorn"): photograph_path("unicorn")
+
+
+@pytest.mark.parametrize("width,height,size", [(64, 64, 16), (128, 64, 16), (64, 192, 32)])
+def test_the_training_crop_averages_areas(width, height, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    cut = np.asarray(center_crop(Image.fromarray(pixels), size)).astype(float)
+    factor, side = min(width, height) // size, min(width, height)
+    top, left = (height - side) // 2, (width - side) // 2
+    middle = pixels[top:top + side, left:left + side].astype(float)
+    means = middle.reshape(size, factor, size, factor, 3).mean((1, 3))  # a power of two: the bicubic step has nothing to do
+    assert cut.shape == (size, size, 3) and np.abs(cut - means).max() <= np.log2(factor)  # one rounding a halving
+
+
+@pytest.mark.parametrize("width,height,size", [(37, 300, 32), (31, 20, 64), (1000, 999, 256), (65, 64, 64)])
+def test_the_training_crop_gives_squares_of_any_picture(width, height, size):
+    gradient = Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1))).convert("RGB")
+    cut = np.asarray(center_crop(gradient, size))
+    assert cut.shape == (size, size, 3) and abs(float(cut.mean()) - 127.5) < 3 and (np.diff(cut[size // 2, :, 0].astype(int)) >= -1).all()  # centred and not mirrored

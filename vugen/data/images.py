@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FOREIGN', 'MAX_PIXELS', 'MAX_SIDE', 'FORMATS', 'PHOTOGRAPHS', 'describe_source', 'check_path', 'foreign_format',
            'open_header', 'too_large', 'scale_to_bytes', 'over_white', 'to_rgb', 'decode', 'shrink', 'load_image',
-           'open_stream', 'open_file', 'from_array', 'to_tensor', 'fit_square', 'to_pil', 'save_png', 'as_pictures',
-           'enlarge', 'break_lines', 'tile', 'grid', 'photograph_path', 'sample_photographs']
+           'open_stream', 'open_file', 'from_array', 'to_tensor', 'fit_square', 'center_crop', 'to_pil', 'save_png',
+           'as_pictures', 'enlarge', 'break_lines', 'tile', 'grid', 'photograph_path', 'sample_photographs']
 
 # %% ../../nbs/data/images.ipynb #d7a3d192
 import importlib.util
@@ -224,6 +224,18 @@ def fit_square(
     paper = Image.new("RGB", (size, size), "white")
     paper.paste(inner, ((size - inner.width) // 2, (size - inner.height) // 2))
     return paper
+
+# %% ../../nbs/data/images.ipynb #164931be
+def center_crop(
+    image: Image.Image, # RGB picture
+    size: int, # side of the square in pixels
+) -> Image.Image: # RGB, size × size
+    "The ImageNet crop of the diffusion literature (ADM, Dhariwal & Nichol 2021): area halvings, then bicubic, then the centre"
+    while min(image.size) >= 2 * size: image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
 # %% ../../nbs/data/images.ipynb #32cc2f72
 def to_pil(

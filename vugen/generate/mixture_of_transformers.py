@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -19,8 +20,8 @@ from ..models.layers import attend, sincos_2d, timestep_embedding
 
 # %% auto #0
 __all__ = ['text_decoder', 'check_layer', 'rotate', 'PromptCache', 'rotary_size', 'prompt_cache', 'normed', 'project_heads',
-           'joint_attention', 'joint_mask', 'tower_layer', 'ImageTower', 'TimeEmbedding', 'MixtureOfTransformers',
-           'flops_per_token']
+           'joint_attention', 'joint_mask', 'tower_layer', 'as_tower_layer', 'ImageTower', 'TimeEmbedding',
+           'MixtureOfTransformers', 'flops_per_token']
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #1952caaf
 _PLACES = ("", "model", "language_model", "model.language_model", "model.text_model", "language_model.model")
@@ -166,6 +167,20 @@ def tower_layer(
     hidden = hidden + joint_attention(layer.self_attn, normed(layer.input_layernorm, hidden), prompt_keys, prompt_values, mask)
     return hidden + layer.mlp(normed(layer.post_attention_layernorm, hidden))
 
+# %% ../../nbs/generate/mixture_of_transformers.ipynb #4e8c785a
+@functools.lru_cache(maxsize=None)
+def _tower_kind(kind):
+    "A subclass of a decoder layer's class whose forward pass is `tower_layer`"
+    def forward(self, hidden, prompt_keys, prompt_values, mask): return tower_layer(self, hidden, prompt_keys, prompt_values, mask)
+    return type(f"Tower{kind.__name__}", (kind,), {"forward": forward, "__module__": kind.__module__})
+
+def as_tower_layer(
+    layer: nn.Module, # a decoder layer of the image tower; changed in place
+) -> nn.Module: # the same layer
+    "Give a decoder layer the forward pass of the image tower"
+    layer.__class__ = _tower_kind(type(layer))
+    return layer
+
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #1937c328
 class ImageTower(nn.Module):
     "A trainable copy of a decoder's layers and final norm"
@@ -176,7 +191,7 @@ class ImageTower(nn.Module):
         for layer in decoder.layers: check_layer(layer)
         self.layers = copy.deepcopy(decoder.layers).float().requires_grad_(True) # trained in full precision, whatever the frozen tower is kept in
         self.norm = copy.deepcopy(decoder.norm).float().requires_grad_(True)
-        for layer in self.layers: layer.self_attn.scaling *= rotary_size(decoder) ** 2
+        for layer in self.layers: as_tower_layer(layer).self_attn.scaling *= rotary_size(decoder) ** 2
 
     def forward(self,
         hidden: torch.Tensor, # [B, N, H]
@@ -185,7 +200,7 @@ class ImageTower(nn.Module):
     ) -> torch.Tensor: # [B, N, H]
         mask = joint_mask(cache, hidden.shape[1], hidden.dtype)
         for number, (layer, keys, values) in enumerate(zip(self.layers, cache.keys, cache.values), 1):
-            hidden = tower_layer(layer, hidden, keys, values, mask)
+            hidden = layer(hidden, keys, values, mask)
             if watch is not None: watch(number, hidden)
         return normed(self.norm, hidden)
 

@@ -17,7 +17,8 @@ from .saving import PretrainedMixin
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordCodec', 'WordTokenizer', 'scene_tokenizer', 'scene_words', 'TextTransformer']
+__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordCodec', 'WordTokenizer', 'known_words', 'common_words', 'scene_tokenizer',
+           'scene_words', 'TextTransformer']
 
 # %% ../../nbs/models/text.ipynb #2f50daa0
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -124,6 +125,28 @@ class WordTokenizer(WordCodec):
         "The same tokenizer as a `transformers.PreTrainedTokenizerFast`"
         from transformers import PreTrainedTokenizerFast
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+# %% ../../nbs/models/text.ipynb #078c05b0
+def known_words(
+    codec: WordCodec, # a tokenizer of a closed vocabulary
+    caption: str, # any text
+    max_tokens: int = 64, # of what is kept
+) -> tuple[str, int, int]: # the words that are known, in their order; how many words were left out, and how many there were
+    "What a closed vocabulary can say of a caption"
+    pieces = [piece for piece, _ in codec.backend.pre_tokenizer.pre_tokenize_str(caption.lower())]
+    known = [piece for piece in pieces if piece in codec.vocabulary and "<" not in piece][:max_tokens]
+    return " ".join(known), len(pieces) - len(known), len(pieces)
+
+def common_words(
+    captions: Iterable[str], # of a corpus
+    count: int = 20_000, # at most
+) -> list[str]: # most frequent first
+    "The words of captions that a vocabulary is made of"
+    from collections import Counter
+    from tokenizers import pre_tokenizers
+    split = pre_tokenizers.Whitespace().pre_tokenize_str
+    found = Counter(piece for caption in captions for piece, _ in split(caption.lower()) if "<" not in piece)
+    return [word for word, _ in sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))[:count]]
 
 # %% ../../nbs/models/text.ipynb #de599b7b
 def scene_tokenizer(

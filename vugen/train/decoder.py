@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..data.corpora import HELD_OUT_PHOTOGRAPHS, TRAINING_PHOTOGRAPHS
+from ..data.corpora import HELD_OUT_PHOTOGRAPHS, TRAINING_PHOTOGRAPHS, Pairs
 from ..data.images import sample_photographs
 from ..data.images import to_tensor as picture_tensor
 from ..data.scenes import World
@@ -30,12 +30,12 @@ from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert, diffuse
 from .loop import stage_main
-from .presets import Preset
+from .presets import Preset, corpus_of
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'EVALUATION_STEPS', 'STAGES', 'draw_kinds', 'scene_images', 'emoji_world', 'load_photographs',
-           'photograph_crop', 'Pictures', 'batch_whiten', 'add_latent_noise', 'token_head', 'DecoderTraining',
-           'psnr_rows', 'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
+           'photograph_crop', 'Pictures', 'CorpusPictures', 'pictures_of', 'batch_whiten', 'add_latent_noise',
+           'token_head', 'DecoderTraining', 'psnr_rows', 'parser_rows', 'DecoderStage', 'DecoderPCAStage', 'main']
 
 # %% ../../nbs/train/decoder.ipynb #b8379b23
 def draw_kinds(mixture: dict,  # {"scenes": share, "emoji": share, "photographs": share}
@@ -97,11 +97,39 @@ class Pictures:
             images[places] = self.of_kind(kind, seed, [indices[place] for place in places])
         return images
 
+# %% ../../nbs/train/decoder.ipynb #2cd94dda
+class CorpusPictures:
+    "The pictures of a corpus under the interface of `Pictures`; its statistics are measured in another order than it is trained in."
+    mixture = {"corpus": 1.0}
+
+    def __init__(self, pairs: Pairs): self.corpus = pairs
+
+    def images(self, seed, indices): return self.corpus.of_seed(seed).samples(indices)[0]
+
+    def held_out(self, number: int) -> dict: return {"corpus": self.corpus.held_out(number)[0]}
+
+
+def pictures_of(preset: Preset,  # its corpus, or else its world
+                name: str,  # of the stage
+                ):
+    "What a decoder learns to draw."
+    world, part = World(**preset.world), preset.stage(name)
+    if not preset.corpus: return Pictures(world, part.options.get("mixture", {"scenes": 1.0}))
+    return CorpusPictures(Pairs(corpus_of(preset.corpus), world.image_size, part.recipe.seed, part.recipe.batch_size))
+
 # %% ../../nbs/train/decoder.ipynb #6c18606d
 def batch_whiten(raw: torch.Tensor) -> torch.Tensor:
-    "Latents [B,N,d] with mean 0 and variance 1 per channel over the batch, in fp32."
+    "Latents [B,N,d] with mean 0 and variance 1 per channel over the batch (of all processes), in fp32."
     rows = raw.float().flatten(0, 1)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: return _whiten_together(rows).unflatten(0, raw.shape[:2])
     return F.batch_norm(rows, None, None, training=True, eps=1e-6).unflatten(0, raw.shape[:2])
+
+def _whiten_together(rows):
+    "The same over the batch of all processes, gradients included: what one process alone would compute."
+    from torch.distributed.nn.functional import all_reduce
+    def mean(values): return all_reduce(values.mean(0)) / torch.distributed.get_world_size()
+    centred = rows - mean(rows)
+    return centred / (mean(centred.square()) + 1e-6).sqrt()
 
 def add_latent_noise(latents: torch.Tensor,  # [B,N,d], unit variance
                      strength: float,  # largest standard deviation
@@ -208,7 +236,7 @@ class DecoderStage:
         self.preset, self.root = preset, Path(root)
         self.part = preset.stage(self.name)
         self.world, self.seed, self.options = World(**preset.world), self.part.recipe.seed, self.part.options
-        self.pictures = Pictures(self.world, self.options.get("mixture", {"scenes": 1.0}))
+        self.pictures = pictures_of(preset, self.name)
         self.encoder = encoder or self.find_encoder()
 
     def find_encoder(self):
@@ -216,6 +244,12 @@ class DecoderStage:
         if not self.options.get("encoder"): return ContrastiveModel.from_pretrained(self.root / "contrastive").vision
         from vugen.generate.adapters import stage_vlm
         return stage_vlm(self.part, self.root).vision
+
+    @property
+    def corpus(self): return getattr(self.pictures, "corpus", None)
+
+    @classmethod
+    def on_corpus(cls): return cls  # `pictures_of` makes the difference
 
     def build(self) -> DecoderTraining:
         model = dict(self.part.model)
@@ -259,6 +293,7 @@ class DecoderStage:
     def held_out(self) -> dict:
         "Pictures that no stage was trained on, by kind; a third as many emoji and photographs as scenes."
         number, seed = self.options.get("evaluation", 500), self.seed + HELD_OUT
+        if self.corpus is not None: return self.pictures.held_out(number)
         others = Pictures(self.world, {**self.pictures.mixture}, HELD_OUT_PHOTOGRAPHS)
         return {kind: others.of_kind(kind, seed, range(number if kind == "scenes" else -(-number // 3))) for kind in self.pictures.mixture}
 
@@ -266,7 +301,7 @@ class DecoderStage:
         device = next(autoencoder.decoder.parameters()).device
         rows = [row for kind, images in self.held_out().items() for row in psnr_rows(autoencoder, images.to(device), kind)]
         seed, number = self.seed + HELD_OUT, self.options.get("evaluation", 500)
-        return rows + parser_rows(autoencoder, self.root, self.world, seed, number)
+        return rows if self.corpus is not None else rows + parser_rows(autoencoder, self.root, self.world, seed, number)
 
 # %% ../../nbs/train/decoder.ipynb #1a217434
 class DecoderPCAStage(DecoderStage):
@@ -286,9 +321,10 @@ class DecoderPCAStage(DecoderStage):
         rows = super().evaluate(autoencoder)
         if not (self.root / "decoder" / "encoder.json").is_file(): return rows
         learned = PixelAutoencoder.from_pretrained(self.root, "decoder", self.encoder)
-        images = self.held_out()["scenes"].to(next(autoencoder.decoder.parameters()).device)
+        kind, images = next(iter(self.held_out().items()))
+        images = images.to(next(autoencoder.decoder.parameters()).device)
         gain = psnr(images, learned.to(images.device).reconstruct(images)) - psnr(images, autoencoder.reconstruct(images))
-        return rows + [{"images": "scenes", "metric": "psnr gain of the learned reducer, 8 steps", **bootstrap_mean(gain.tolist())._asdict()}]
+        return rows + [{"images": kind, "metric": "psnr gain of the learned reducer, 8 steps", **bootstrap_mean(gain.tolist())._asdict()}]
 
 # %% ../../nbs/train/decoder.ipynb #2664b822
 STAGES = {stage.name: stage for stage in (DecoderStage, DecoderPCAStage)}

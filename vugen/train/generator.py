@@ -6,46 +6,82 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from ..data.corpora import Pairs
 from ..data.scenes import World, batch as scene_batch, captions, sample_scenes, uniforms
 from ..decode.vae import load_vae
+from ..encode.latent_cache import LatentCache, build as build_cache
 from ..encode.reducers import load_reducer
 from ..errors import UserError
+from ..evaluate.intervals import bootstrap_mean
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
 from ..generate.baselines import AlignedGenerator, alignment_targets, decoupled
 from ..generate.text_to_image import TextToImage, load_pixel_decoder
 from ..generate.adapters import stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
-from .loop import stage_main, step_seed
+from ..models.text import WordCodec, known_words
+from .loop import Progress, stage_main, step_seed
+from .presets import corpus_of, data_fingerprint
 
 # %% auto #0
-__all__ = ['STAGES', 'LatentPool', 'GeneratorStage', 'DecoupledStage', 'REPAStage', 'held_out_prompts', 'evaluate_generator',
-           'main']
+__all__ = ['PREPROCESSING', 'STAGES', 'LatentPool', 'GeneratorStage', 'CorpusPool', 'CorpusGeneratorStage', 'velocity_rows',
+           'DecoupledStage', 'CorpusDecoupledStage', 'REPAStage', 'CorpusREPAStage', 'held_out_prompts',
+           'evaluate_generator', 'main']
 
 # %% ../../nbs/train/generator.ipynb #6d2c14b8
 class LatentPool:
-    "Latents of numbered pictures, computed in whole blocks when first asked for and then kept"
+    "Latents of numbered pictures, computed in whole blocks when first asked for and then kept, in memory or in a cache on disk"
     def __init__(self,
-        make, # block of indices (list of ints) → latents [len, N, d]
+        make, # block of indices (list of ints) → latents [len, N, d], or (latents, captions)
         size: int, # pictures; sample i is picture i modulo `size`
         block: int = 200, # pictures computed together
+        cache: LatentCache | None = None, # where blocks are kept
+        partial: bool = False, # the last block may be smaller
     ):
-        if size % block: raise UserError(f"a pool of {size} pictures cannot be cut into blocks of {block}: choose a multiple.")
-        self.make, self.size, self.block, self.known = make, size, block, {}
+        if size % block and not partial: raise UserError(f"a pool of {size} pictures cannot be cut into blocks of {block}: choose a multiple.")
+        self.make, self.size, self.block, self.cache, self.known = make, size, block, cache, {}
+
+    def made(self, number: int) -> tuple: # latents [n, N, d] on the CPU, captions [n] or None
+        "Compute a block"
+        found = self.make(list(range(number * self.block, min((number + 1) * self.block, self.size))))
+        return found if isinstance(found, tuple) else (found, None)
+
+    def blocks(self, samples: int) -> int:
+        "How many blocks the first samples of a training need"
+        return -(-min(samples, self.size) // self.block)
+
+    def _fetch(self, places):
+        "Make the blocks that are missing"
+        for number in sorted({place // self.block for place in places}):
+            if self.cache is None and number not in self.known: self.known[number] = self.made(number)
+            elif self.cache is not None and number not in self.cache: self.cache.write(number, *self.made(number))
+
+    def place(self, index: int) -> int:
+        "The picture of a sample"
+        return index % self.size
 
     def __getitem__(self,
         indices: list[int], # of samples
     ) -> torch.Tensor: # [B, N, d]
         "Latents of samples"
-        places = [index % self.size for index in indices]
-        for number in {place // self.block for place in places} - set(self.known):
-            self.known[number] = self.make(list(range(number * self.block, (number + 1) * self.block)))
-        return torch.stack([self.known[place // self.block][place % self.block] for place in places])
+        places = [self.place(index) for index in indices]
+        self._fetch(places)
+        pairs = [divmod(place, self.block) for place in places]
+        return torch.stack([self.cache.latents(*pair) if self.cache is not None else self.known[pair[0]][0][pair[1]] for pair in pairs])
+
+    def captions(self,
+        indices: list[int], # of samples
+    ) -> list[str]:
+        "Captions that came with the latents of samples"
+        pairs = [divmod(self.place(index), self.block) for index in indices]
+        return [self.cache.caption(*pair) if self.cache is not None else self.known[pair[0]][1][pair[1]] for pair in pairs]
 
 # %% ../../nbs/train/generator.ipynb #0a3f864a
 class GeneratorStage:
@@ -60,10 +96,9 @@ class GeneratorStage:
 
     def build(self):
         "A tower grown from the language model; the judge is loaded too, so that a missing one is found out now"
-
-        self.parser = SceneParser.from_pretrained(self.root / "parser")
+        self.load_judge()
         self.model = self.grow(stage_vlm(self.part, self.root))
-        self.pool = self.pool_of(self.latents)
+        self.pool = self.make_pool()
         return self.model
 
     def grow(self, vlm):
@@ -77,13 +112,44 @@ class GeneratorStage:
         "What a tower draws at random (its time embedding) is the same in every space, whatever was loaded before"
         torch.manual_seed(step_seed(self.seed, "tower"))
 
-    def pool_of(self, make): return LatentPool(make, self.options.get("pool", 40_000), self.options.get("pool_block", 200))
+    def space_fingerprints(self):
+        "The frozen parts that latents depend on"
+        return {"encoder": fingerprint(self.model.vlm.vision), "reducer": fingerprint(self.model.reducer)}
+
+    def load_judge(self): self.parser = SceneParser.from_pretrained(self.root / "parser")
+
+    def make_pool(self):
+        "The pool of latents, in memory or in the folder that options.latent_cache names"
+        return self.pool_of(self.latents, self.cache("scenes as they are drawn, in [0, 1]"))
+
+    def pool_of(self, make, cache=None): return LatentPool(make, self.options.get("pool", 40_000), self.options.get("pool_block", 200), cache)
+
+    def cache(self, preprocessing, **more):
+        "The latent cache, if there is one, under everything that its latents depend on"
+        if not self.options.get("latent_cache"): return None
+        pool = {name: self.options.get(name, standard) for name, standard in (("pool", 40_000), ("pool_block", 200))}
+        key = {**self.space_fingerprints(), "preprocessing": preprocessing, "seed": self.seed, **pool, **(more or {"world": data_fingerprint(self.preset, self.name)})}
+        return LatentCache(self.options["latent_cache"], key)
+
+    def ready(self, module, rank, world):
+        "Fill the cache with what the training will ask for, each process its share"
+        if self.pool is None or self.pool.cache is None: return
+        blocks = self.pool.blocks(self.part.recipe.steps * self.part.recipe.batch_size)
+        progress = Progress("latents", max(1, -(-blocks // world)), 0, show=rank == 0)
+        build_cache(self.pool.cache, self.pool.made, blocks, rank, world, lambda done, total: progress.line(done, {"blocks missing": total - done}) if done % 20 == 0 or done == total else None)
+        progress.close()
+
+    @classmethod
+    def on_corpus(cls): return CorpusGeneratorStage
+
+    def images(self, indices, stream=0):
+        "Pictures of samples; stream 1 is not trained on"
+        return scene_batch(self.world, self.seed + stream, indices)["images"]
 
     @torch.no_grad()
     def latents(self, indices):
-        "Latents of scenes, on the CPU"
-        images = scene_batch(self.world, self.seed, indices)["images"]
-        return self.model.encode_images(images).float().cpu()
+        "Latents of pictures, on the CPU"
+        return self.model.encode_images(self.images(indices)).float().cpu()
 
     def wording(self, index):
         "The world in whose words a sample is told: plain ones for the first steps, then a share in free wording"
@@ -115,6 +181,98 @@ class GeneratorStage:
         world = dataclasses.replace(self.world, split="test")
         return evaluate_generator(module, self.parser, world, self.options.get("evaluation", 500), self.seed + 1_000_003)
 
+# %% ../../nbs/train/generator.ipynb #11c9385d
+class CorpusPool(LatentPool):
+    "A pool whose later rounds visit the blocks, and the samples inside each, in an order of their own"
+    def __init__(self, make, size, block, cache, seed):
+        super().__init__(make, size, block, cache, partial=True)
+        self.seed = seed
+
+    def place(self, index: int) -> int:
+        "The picture of a sample: in the first round its own, so that blocks are made one after the other"
+        turn, place = divmod(index, self.size)
+        return place if not turn else int(_round(self.seed, turn, self.size, self.block)[place])
+
+
+@functools.lru_cache(maxsize=2)
+def _round(seed, turn, size, block):
+    "The order of one round"
+    random = np.random.default_rng([abs(seed), turn, 17])
+    blocks = [random.permutation(np.arange(start, min(start + block, size))) for start in range(0, size, block)]
+    return np.concatenate([blocks[place] for place in random.permutation(len(blocks))])
+
+# %% ../../nbs/train/generator.ipynb #38b387c4
+PREPROCESSING = "ADM centre crop: area halvings, bicubic, centre" # of corpus pictures, see `vugen.data.images.center_crop`
+
+class CorpusGeneratorStage(GeneratorStage):
+    "The generator on image–text pairs"
+    about = "Text to image in the reduced space of understanding, learned from the image–text pairs of a corpus (VUGEN)."
+
+    def __init__(self, preset, root):
+        super().__init__(preset, root)
+        self.corpus = Pairs(corpus_of(preset.corpus), self.world.image_size, self.seed, self.part.recipe.batch_size)
+
+    def load_judge(self): "The parser reads drawn scenes only"
+
+    def images(self, indices, stream=0):
+        "Pictures of the corpus; it has one stream"
+        return self.corpus.samples(indices)[0]
+
+    def make_pool(self):
+        "The pool; None where samples are encoded when their turn comes"
+        size = self.options.get("pool", 40_000)
+        if not size: return None
+        if not hasattr(self.corpus.train, "lanes"): size = min(size, len(self.corpus)) # a folder's pictures are counted
+        cache = self.cache(f"{PREPROCESSING}, {self.world.image_size} pixels", corpus=self.corpus.fingerprint(), held_out=corpus_of(self.preset.corpus)["held_out"])
+        return CorpusPool(self.pairs, size, self.options.get("pool_block", 200), cache, self.seed)
+
+    @torch.no_grad()
+    def pairs(self, indices):
+        "Latents on the CPU, and captions"
+        images, told = self.corpus.samples(indices)
+        return self.model.encode_images(images).float().cpu(), told
+
+    def prompt(self, caption):
+        "What the frozen model can read of a caption"
+        codec = getattr(self.model.vlm, "tokenizer", None)
+        return known_words(codec, caption)[0] if isinstance(codec, WordCodec) else caption
+
+    def unknown_row(self):
+        "Share of the words of the first captions that the frozen model cannot read"
+        codec = getattr(self.model.vlm, "tokenizer", None)
+        counts = [known_words(codec, caption)[1:] for caption in self.corpus.told(1000)] if isinstance(codec, WordCodec) else []
+        unknown, words = (sum(each) for each in zip(*counts)) if counts else (0, 0)
+        return [{"images": "corpus", "metric": "words unknown to the language model", "value": unknown / words, "n": words}] if words else []
+
+    def batch(self, indices):
+        latents, told = self.pairs(indices) if self.pool is None else (self.pool[indices], self.pool.captions(indices))
+        silent = uniforms(self.seed, indices, [0], stream=13)[:, 0] < self.options.get("prompt_dropout", .1)
+        ids, mask = self.model.vlm.encode(["" if empty else self.prompt(caption) for empty, caption in zip(silent, told)])
+        return {"latents": latents, "ids": ids, "mask": mask}
+
+    def finish(self, module, out):
+        module.save_pretrained(out)
+        images, told = self.corpus.held_out(self.options.get("evaluation", 500))
+        told = [self.prompt(caption) for caption in told]
+        return velocity_rows(module, module.encode_images(images), told, self.seed + 1_000_003) + self.unknown_row()
+
+# %% ../../nbs/train/generator.ipynb #2de95007
+@torch.no_grad()
+def velocity_rows(
+    model: TextToImage,
+    latents: torch.Tensor, # [I, N, d] of held-out pictures
+    told: list[str], # [I]
+    seed: int, # of times and noise
+    batch_size: int = 64,
+) -> list[dict]: # rows in long form
+    "Mean squared error of the velocity on held-out pairs, with the own and with the next picture's caption"
+    generator, rows = torch.Generator().manual_seed(seed), []
+    times, noise = torch.rand(len(latents), generator=generator) * .6 + .2, torch.randn(latents.shape, generator=generator)
+    for name, said in (("velocity error", told), *([("velocity error, captions exchanged", told[1:] + told[:1])] if len(set(told)) > 1 else [])):
+        errors = [model(latents[part], *model.vlm.encode(said[part]), times[part].to(latents), noise[part].to(latents)) for part in (slice(start, start + batch_size) for start in range(0, len(latents), batch_size))]
+        rows.append({"images": "corpus", "suite": "pairs", "category": "held out", "metric": name, **bootstrap_mean(torch.cat(errors).tolist())._asdict()})
+    return rows
+
 # %% ../../nbs/train/generator.ipynb #656a775f
 class DecoupledStage(GeneratorStage):
     "Image tower on ROOT/vlm and ROOT/vae; judged by ROOT/parser"
@@ -133,9 +291,17 @@ class DecoupledStage(GeneratorStage):
         self.same_start()
         model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.part.model)
         number = self.options.get("statistics", 2048)
-        blocks = (range(start, min(start + 128, number)) for start in range(0, number, 128))
-        model.space.fit_whitening(scene_batch(self.world, self.seed + 1, block)["images"] for block in blocks)
+        blocks = (list(range(start, min(start + 128, number))) for start in range(0, number, 128))
+        model.space.fit_whitening(self.images(block, stream=1) for block in blocks)
         return model
+
+    def space_fingerprints(self): return {name: fingerprint(part) for name, part in self.model.space.parts.items()}
+
+    @classmethod
+    def on_corpus(cls): return CorpusDecoupledStage
+
+class CorpusDecoupledStage(DecoupledStage, CorpusGeneratorStage):
+    "Decoupled on image–text pairs"
 
 # %% ../../nbs/train/generator.ipynb #7ba53fc9
 class REPAStage(DecoupledStage):
@@ -145,12 +311,12 @@ class REPAStage(DecoupledStage):
 
     def build(self):
         model = super().build()
-        self.kept = self.pool_of(self.targets) if self.options.get("keep_targets", True) else None
+        self.kept = self.pool_of(self.targets) if type(self.pool) is LatentPool and self.options.get("keep_targets", True) else None # a corpus is visited in an order of its own
         return AlignedGenerator(model, self.options.get("alignment_layer", 0), self.options.get("alignment_head", "mlp"))
 
     def targets(self, indices):
-        "The encoder's tokens of scenes, in half precision on the CPU"
-        images = scene_batch(self.world, self.seed, [index % self.pool.size for index in indices])["images"].to(self.model.device)
+        "The encoder's tokens of pictures, in half precision on the CPU"
+        images = self.images([self.pool.place(index) for index in indices] if self.pool else indices).to(self.model.device)
         return alignment_targets(self.model.vlm.vision, images, self.model.mixture.num_tokens, self.options.get("alignment_targets", "plain")).half().cpu()
 
     def batch(self, indices): return {**super().batch(indices), "targets": self.kept[indices] if self.kept else self.targets(indices)}
@@ -164,6 +330,12 @@ class REPAStage(DecoupledStage):
         return flow + self.options.get("alignment_weight", .5) * alignment, metrics
 
     def finish(self, module, out): return super().finish(module.model, out)
+
+    @classmethod
+    def on_corpus(cls): return CorpusREPAStage
+
+class CorpusREPAStage(REPAStage, CorpusGeneratorStage):
+    "REPA on image–text pairs"
 
 # %% ../../nbs/train/generator.ipynb #de668401
 def held_out_prompts(

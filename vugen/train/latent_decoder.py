@@ -22,7 +22,7 @@ from ..encode.contrastive import ContrastiveModel
 from ..encode.reducers import load_reducer
 from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
-from .decoder import HELD_OUT, DecoderStage, Pictures, add_latent_noise, parser_rows
+from .decoder import HELD_OUT, DecoderStage, add_latent_noise, parser_rows, pictures_of
 from .loop import stage_main
 from .presets import Preset
 
@@ -91,7 +91,7 @@ class VAEStage(DecoderStage):
                  ):
         self.preset, self.root, self.part = preset, Path(root), preset.stage(self.name)
         self.world, self.seed, self.options = World(**preset.world), self.part.recipe.seed, self.part.options
-        self.pictures = Pictures(self.world, self.options.get("mixture", {"scenes": 1.0}))
+        self.pictures = pictures_of(preset, self.name)
 
     def build(self) -> VAETraining:
         return VAETraining(ConvVAE(**self.part.model), build_perceptual(self.options.get("perceptual"), self.options.get("perceptual_size", 64)), self.options)
@@ -106,7 +106,7 @@ class VAEStage(DecoderStage):
         device = next(vae.parameters()).device
         vae.fit_scale(self.statistics(device)).save_pretrained(out)
         rows = [row for kind, images in self.held_out().items() for row in reconstruction_rows(vae.reconstruct, images.to(device), kind, "psnr")]
-        return rows + parser_rows(vae, self.root, self.world, self.seed + HELD_OUT, self.options.get("evaluation", 500))
+        return rows if self.corpus is not None else rows + parser_rows(vae, self.root, self.world, self.seed + HELD_OUT, self.options.get("evaluation", 500))
 
 # %% ../../nbs/train/latent_decoder.ipynb #3ee8ee92
 class LatentDecoderStage(DecoderStage):
@@ -144,7 +144,7 @@ class LatentDecoderStage(DecoderStage):
     def evaluate(self, autoencoder: PixelAutoencoder) -> list:
         device, pictures = autoencoder.device, self.held_out()
         rows = [row for kind, images in pictures.items() for row in latent_rows(autoencoder, images.to(device), kind)]
-        rows += parser_rows(autoencoder, self.root, self.world, self.seed + HELD_OUT, self.options.get("evaluation", 500))
+        if self.corpus is None: rows += parser_rows(autoencoder, self.root, self.world, self.seed + HELD_OUT, self.options.get("evaluation", 500))
         return rows + self.against_pixels(autoencoder, next(iter(pictures.values())).to(device), next(iter(pictures)))
 
     def against_pixels(self, autoencoder, images, kind) -> list:

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['STATES_KEPT', 'Stage', 'sample_indices', 'step_seed', 'seed_everything', 'learning_rate_at', 'make_optimizer',
-           'trained_tensors', 'frozen_fingerprint', 'load_tensors', 'training_mode', 'Ema', 'Training',
-           'multiplies_bf16', 'make_accelerator', 'prepare', 'to_device', 'micro_batches', 'train_step',
-           'optimizer_tensors', 'load_optimizer', 'description', 'save_state', 'states', 'differences', 'check_same',
-           'restore', 'read_log', 'duration', 'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record',
-           'finish', 'check_free', 'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome',
-           'command_line', 'stage_main']
+           'trained_tensors', 'frozen_fingerprint', 'whole', 'shard_like', 'load_tensors', 'training_mode', 'Ema',
+           'Training', 'multiplies_bf16', 'make_accelerator', 'repeated_blocks', 'recompute_blocks', 'prepare',
+           'to_device', 'SharedDraws', 'micro_batches', 'train_step', 'optimizer_tensors', 'load_optimizer', 'gathered',
+           'description', 'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log', 'duration',
+           'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'check_free',
+           'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
+           'stage_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -24,7 +27,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +35,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir
@@ -47,6 +52,8 @@ class Stage(Protocol):
     def build(self) -> nn.Module: "The module to train, from a seeded start. Frozen parts inside have `requires_grad=False` and are not saved."
     def batch(self, indices: list) -> dict: "A pure function of absolute sample numbers; tensors on the CPU. Called in a background thread, so it draws nothing from global generators."
     def loss(self, module, batch, generator) -> tuple: "(loss, metrics). Call `module(...)` itself, so that several processes stay in step; `generator` is the only source of noise."
+    # optional: `ready(module, rank, world)` is called once the module is on its device; `corpus` is a corpus whose bookmarks are kept with the training states;
+    # `on_corpus()` is the class that learns from a preset's corpus in place of its world
     def finish(self, module, out: Path) -> Any: "Write `save_pretrained` folder(s) into `out` and return held-out rows (see `as_rows`)."
 
 # %% ../../nbs/train/loop.ipynb #db903230
@@ -110,6 +117,19 @@ def frozen_fingerprint(module):
     return digest.hexdigest()[:16] if frozen else ""
 
 # %% ../../nbs/train/loop.ipynb #f40420ac
+def whole(value):  # a tensor, or a `DTensor` of which each process holds a shard
+    "The whole tensor; all processes must ask together."
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def shard_like(value, whole_value):  # a parameter; a tensor of its whole shape
+    "The tensor laid out as the parameter is: this process' shard where that is sharded."
+    whole_value = whole_value.to(value.device, value.dtype)
+    if not hasattr(value, "full_tensor"): return whole_value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole_value, value.device_mesh, value.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def load_tensors(module,  # module whose trainable parameters and buffers are overwritten
                  tensors,  # {name: tensor}, every name of `trained_tensors`
@@ -118,7 +138,7 @@ def load_tensors(module,  # module whose trainable parameters and buffers are ov
     for name, value in trained_tensors(module).items():
         if name not in tensors: raise UserError(f"{source} has no {name!r}: it belongs to another model; give the same preset, or begin again with --overwrite.")
         if tensors[name].shape != value.shape: raise UserError(f"{source} holds {name!r} as {tuple(tensors[name].shape)} where the model has {tuple(value.shape)}: give the same preset, or begin again with --overwrite.")
-        value.copy_(tensors[name])
+        value.copy_(shard_like(value, tensors[name]))
 
 # %% ../../nbs/train/loop.ipynb #00e3ed9c
 def training_mode(module):
@@ -128,25 +148,56 @@ def training_mode(module):
     return module
 
 # %% ../../nbs/train/loop.ipynb #e975aa27
-class Ema:
-    "Exponential moving average of the trainable parameters."
+def _local(value):
+    "What this process holds of a parameter: all of it, or its shard."
+    return value.detach().to_local() if hasattr(value, "to_local") else value.detach()
 
-    def __init__(self, module, decay):
-        self.decay, self.updates = decay, 0
-        self.average = {name: value.detach().clone() for name, value in module.named_parameters() if value.requires_grad}
+
+class Ema:
+    "Exponential moving average of the trainable parameters; with shards, each process averages its own. No module is copied."
+
+    def __init__(self, module, decay, device="same", start=0):  # "same" or "cpu"; updates before the average begins, at the weights of that moment
+        self.decay, self.device, self.start, self.updates = decay, device, start, 0
+        self.average = {} if start else self._copies(module)
+
+    def _copies(self, module):
+        return {name: self._placed(_local(value)).clone() for name, value in module.named_parameters() if value.requires_grad}
+
+    def _placed(self, value): return value.to(self.device) if self.device != "same" else value
 
     @torch.no_grad()
     def update(self, module):
         "Move the average towards the module's weights."
-        decay, self.updates = min(self.decay, (1 + self.updates) / (10 + self.updates)), self.updates + 1
+        done, self.updates = self.updates - self.start, self.updates + 1
+        if done < 0: return
+        if not self.average: self.average = self._copies(module); return
         weights = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.average.values()), [weights[name].detach() for name in self.average], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [self._placed(_local(weights[name])) for name in self.average], 1 - min(self.decay, (1 + done) / (10 + done)))
 
     @torch.no_grad()
     def copy_to(self, module):
-        "Put the average into the module."
+        "Put the average into the module; before it has begun, the weights stay."
         weights = dict(module.named_parameters())
-        for name, value in self.average.items(): weights[name].copy_(value)
+        for name, value in self.average.items(): _local(weights[name]).copy_(value)
+
+    @torch.no_grad()
+    def tensors(self, module):
+        "{name: tensor}, laid out as the module's parameters are, so that `whole` gathers them; one at a time."
+        weights = dict(module.named_parameters())
+        for name, value in self.average.items(): yield name, _as_shard(weights[name], value)
+
+    @torch.no_grad()
+    def load(self, module, tensors, updates):
+        "Take over whole tensors of a saved average, and the number of updates behind it."
+        weights, self.updates = dict(module.named_parameters()), updates
+        self.average = {name: self._placed(_local(shard_like(weights[name], value))).clone() for name, value in tensors.items()}
+
+
+def _as_shard(parameter, local):
+    "A local tensor as the shard of a `DTensor` like the parameter."
+    if not hasattr(parameter, "full_tensor"): return local
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(local.to(parameter.device), parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
 
 # %% ../../nbs/train/loop.ipynb #9fd6a1c1
 @dataclass
@@ -157,7 +208,7 @@ class Training:
     state: Path  # folder of training states
     accelerator: Any
     module: nn.Module  # unwrapped
-    wrapped: Any  # what losses call: the module itself, or the module under DDP
+    wrapped: Any  # what losses call: the module itself, or the module under DDP or FSDP
     optimizer: Any  # accelerate's wrapper
     ema: Any = None
     step: int = 0  # optimiser steps done
@@ -168,6 +219,9 @@ class Training:
     since: int = 0  # steps summed
     signal: int = 0  # asked to leave
     trainable: int = 0  # parameters
+    corpus: dict = field(default_factory=dict)  # what a record says of it
+    skipped: dict = field(default_factory=dict)  # samples that no process could read, at the end
+    sharded: bool = False  # parameters are spread over the processes (FSDP)
 
     @property
     def rank(self): return self.accelerator.process_index
@@ -194,8 +248,54 @@ def make_accelerator(recipe, find_unused=False):
     precision = {"auto": "bf16" if multiplies_bf16() else "no", "fp32": "no", "bf16": "bf16"}[recipe.precision]
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)])
     kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"): raise UserError(f"Training states are written by whole models, and {kind} shards them: launch with data parallelism (accelerate launch --multi_gpu).")
+    if kind in ("DEEPSPEED", "MEGATRON_LM"): raise UserError(f"{kind} is not among the ways to train: launch with DDP or FSDP, see the files of data/accelerate.")
+    if kind == "MULTI_CPU" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true": _shard_on_cpu(accelerator)
     return accelerator
+
+
+def _shard_on_cpu(accelerator):
+    "accelerate shards on GPUs alone, torch on CPUs too: so a machine without a GPU can test it."
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2)
+
+# %% ../../nbs/train/loop.ipynb #552e82e8
+def repeated_blocks(module):
+    "The outermost members of `ModuleList`s that learn and have parts of their own: the layers of a tower, the blocks of a U-Net's levels."
+    lists = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    found = {f"{name}.{place}": block for name, part in lists for place, block in enumerate(part) if not isinstance(block, nn.ModuleList) and any(True for _ in block.children())}
+    learning = {name: block for name, block in found.items() if any(value.requires_grad for value in block.parameters())}
+    def inner(name): return any(name != other and name.startswith(other + ".") for other in learning)
+    return [block for name, block in learning.items() if not inner(name)]
+
+# %% ../../nbs/train/loop.ipynb #d083911a
+@functools.lru_cache(maxsize=None)
+def _recomputing(kind):
+    "A subclass of the same name whose forward pass keeps its input alone while it learns."
+    def forward(self, *inputs, **options):
+        if not (self.training and torch.is_grad_enabled()): return kind.forward(self, *inputs, **options)
+        return checkpoint(functools.partial(kind.forward, self), *inputs, use_reentrant=False, **options)
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def recompute_blocks(module):
+    "Turn gradient checkpointing on, in place; the module computes, saves and loads as before."
+    blocks = [block for block in repeated_blocks(module) if not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in block.modules())]  # those would count a batch twice
+    if not blocks: raise UserError("recipe.gradient_checkpointing finds no block to compute again in this stage: leave it off.")
+    for block in blocks: block.__class__ = _recomputing(type(block))
+    return module
+
+# %% ../../nbs/train/loop.ipynb #3efc2f47
+def _plan_shards(accelerator, module):
+    "Tell FSDP its units, the blocks that learn. Frozen parts stay whole in every process: they are also called outside of the module's forward pass."
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2: raise UserError("FSDP must be of version 2 here: set fsdp_version: 2 in accelerate's configuration, as data/accelerate/fsdp-one-node.yaml does.")
+    plugin.cpu_ram_efficient_loading = False  # every process builds the module from the same seed
+    plugin.mixed_precision_policy = None  # autocast decides, as it does under DDP
+    plugin.auto_wrap_policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set())
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in repeated_blocks(module)})
+    plugin.ignored_modules = [module.get_submodule(prefix[:-1]) for prefix in _frozen_prefixes(module)]
+    module.to(accelerator.device)
 
 # %% ../../nbs/train/loop.ipynb #d6e91151
 def prepare(stage, recipe, state):
@@ -203,11 +303,26 @@ def prepare(stage, recipe, state):
     accelerator = make_accelerator(recipe, getattr(stage, "find_unused_parameters", False))
     seed_everything(step_seed(recipe.seed, "build"))
     module = training_mode(stage.build())
-    frozen, optimizer = frozen_fingerprint(module), make_optimizer(module, recipe)
-    wrapped, wrapped_optimizer = accelerator.prepare(module, optimizer)
-    module = accelerator.unwrap_model(wrapped)
+    sharded, frozen = accelerator.distributed_type.value == "FSDP", frozen_fingerprint(module)
+    if recipe.gradient_checkpointing: recompute_blocks(module)
+    if sharded: _plan_shards(accelerator, module)
+    wrapped, wrapped_optimizer = accelerator.prepare(module, make_optimizer(module, recipe))
+    module = wrapped if sharded else accelerator.unwrap_model(wrapped)
     trainable = sum(value.numel() for value in module.parameters() if value.requires_grad)
-    return Training(stage, recipe, Path(state), accelerator, module, wrapped, wrapped_optimizer, Ema(module, recipe.ema_decay) if recipe.ema_decay else None, frozen=frozen, trainable=trainable)
+    ema = Ema(module, recipe.ema_decay, recipe.ema_device, recipe.ema_start) if recipe.ema_decay else None
+    training = Training(stage, recipe, Path(state), accelerator, module, wrapped, wrapped_optimizer, ema, frozen=frozen, trainable=trainable, sharded=sharded, corpus=_corpus_facts(stage))
+    if hasattr(stage, "ready"): stage.ready(module, training.rank, training.world)
+    accelerator.wait_for_everyone()
+    return training
+
+
+def _corpus_facts(stage):
+    "What the record says of the stage's corpus: its keys and fingerprint, and of its path the last part only."
+    preset, corpus = getattr(stage, "preset", None), getattr(stage, "corpus", None)
+    if corpus is None: return {}
+    facts = {key: value for key, value in preset.corpus.items() if key != "workers"}
+    on_hub = facts["kind"] == "hub" and not Path(str(facts["path"])).exists()
+    return {**facts, "path": facts["path"] if on_hub else Path(str(facts["path"])).name, "fingerprint": corpus.fingerprint()}
 
 # %% ../../nbs/train/loop.ipynb #dbf1c7d5
 def to_device(value, device):
@@ -216,6 +331,21 @@ def to_device(value, device):
     if isinstance(value, dict): return {key: to_device(each, device) for key, each in value.items()}
     if isinstance(value, (list, tuple)) and any(torch.is_tensor(each) for each in value): return type(value)(to_device(each, device) for each in value)
     return value
+
+# %% ../../nbs/train/loop.ipynb #4ed0d7fb
+class SharedDraws(TorchFunctionMode):
+    "Inside, `torch.randn` and `torch.rand` with this generator draw for the whole step and give this micro-batch its rows."
+
+    def __init__(self, generator, place, places):  # place of this micro-batch among those of all processes
+        super().__init__()
+        self.generator, self.place, self.places = generator, place, places
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        options = dict(options or {})
+        if function not in (torch.randn, torch.rand) or options.get("generator") is not self.generator: return function(*arguments, **options)
+        shape = options.pop("size", None) or (arguments[0] if len(arguments) == 1 and not isinstance(arguments[0], int) else arguments)
+        rows = shape[0]
+        return function((rows * self.places, *shape[1:]), **options)[self.place * rows:(self.place + 1) * rows]
 
 # %% ../../nbs/train/loop.ipynb #46171aa5
 def micro_batches(training, step):
@@ -226,12 +356,14 @@ def micro_batches(training, step):
 
 def _backward(training, part, batch):
     "Loss and gradients of one micro-batch; processes exchange gradients only after the last one."
-    parts, seed = training.recipe.gradient_accumulation, step_seed(training.recipe.seed, training.step, training.rank, part)
-    seed_everything(seed)
-    generator = torch.Generator(training.device).manual_seed(seed)
+    parts, world, seed = training.recipe.gradient_accumulation, training.world, training.recipe.seed
+    seed_everything(step_seed(seed, training.step, training.rank, part))  # dropout
+    generator = torch.Generator(training.device).manual_seed(step_seed(seed, training.step, 0, 0))
     quiet = training.accelerator.no_sync(training.wrapped) if part < parts - 1 else contextlib.nullcontext()
+    draws = SharedDraws(generator, part * world + training.rank, parts * world) if parts * world > 1 else contextlib.nullcontext()
+    precision = training.accelerator.autocast() if training.sharded else contextlib.nullcontext()  # DDP has it from accelerate
     with quiet:
-        loss, metrics = training.stage.loss(training.wrapped, to_device(batch, training.device), generator)
+        with draws, precision: loss, metrics = training.stage.loss(training.wrapped, to_device(batch, training.device), generator)
         training.accelerator.backward(loss / parts)
     return {"loss": loss.detach(), **{name: value for name, value in metrics.items() if name != "loss"}}
 
@@ -239,7 +371,7 @@ def _backward(training, part, batch):
 def _gradient_norm(training):
     "Global norm of the gradients, clipped in place where the recipe asks for it."
     trained = [value for group in training.optimizer.param_groups for value in group["params"]]
-    return training.accelerator.clip_grad_norm_(trained, training.recipe.gradient_clip or math.inf)
+    return whole(training.accelerator.clip_grad_norm_(trained, training.recipe.gradient_clip or math.inf))
 
 
 def _all_finite(training, values):
@@ -293,18 +425,30 @@ def load_optimizer(module, optimizer, tensors):
     state = getattr(optimizer, "optimizer", optimizer).state
     for name, value in module.named_parameters():
         found = {key: tensors[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{name}.{key}" in tensors}
-        if found: state[value] = {key: each.to(value.device, torch.float32 if key == "step" else value.dtype).clone() for key, each in found.items()}
+        if found: state[value] = {key: each.to(value.device, torch.float32).clone() if key == "step" else shard_like(value, each).clone() for key, each in found.items()}
 
 # %% ../../nbs/train/loop.ipynb #ab0326d0
-def _save_tensors(tensors, path): save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, path)
+def gathered(training, tensors):  # {name: tensor or shard}, or pairs
+    "Whole tensors on the CPU, in the main process; the others take part and get nothing. No more than one tensor is gathered at a time."
+    found = {}
+    for name, value in (tensors.items() if isinstance(tensors, dict) else tensors):
+        value = whole(value)
+        if training.main: found[name] = value.cpu().contiguous().clone()
+    return found
+
+
+def _save_tensors(training, tensors, path):
+    tensors = gathered(training, tensors)
+    if training.main: save_file(tensors, path)
 
 
 def description(training):
     "What must be equal for a resume to be exact, as plain data."
     preset = getattr(training.stage, "preset", None)
     part = preset.stage(training.stage.name) if preset and training.stage.name in preset.stages else None
-    content = {"recipe": asdict(training.recipe), "world": preset.world if preset else {}, "model": part.model if part else {}, "options": part.options if part else {},
-               "stage": training.stage.name, "processes": training.world, "frozen weights": training.frozen}
+    options = {key: bool(value) if key == "latent_cache" else value for key, value in (part.options if part else {}).items()}
+    content = {"recipe": asdict(training.recipe), "world": preset.world if preset else {}, "model": part.model if part else {}, "options": options,
+               "stage": training.stage.name, "processes": training.world, "frozen weights": training.frozen, **({"corpus": training.corpus} if training.corpus else {})}
     return json.loads(json.dumps(content, default=str))
 
 # %% ../../nbs/train/loop.ipynb #b621efcc
@@ -318,18 +462,29 @@ def _write_gitignore(state):
 
 def save_state(training):
     "Write `STATE/step-N` whole or not at all, and drop all but the newest two."
-    if training.main:
-        _write_gitignore(training.state)
-        with _disk_errors(training.state), atomic_path(training.state / f"step-{training.step:08d}") as folder:
-            folder.mkdir()
-            _save_tensors(trained_tensors(training.module), folder / "weights.safetensors")
-            _save_tensors(optimizer_tensors(training.module, training.optimizer), folder / "optimizer.safetensors")
-            if training.ema: _save_tensors(training.ema.average, folder / "ema.safetensors")
-            content = {"step": training.step, "seconds": training.seconds, "ema_updates": training.ema.updates if training.ema else 0, "changes": training.changes,
-                       "description": description(training), "environment": environment(training.device)}
-            (folder / "state.json").write_text(json.dumps(content, indent=1))
-        for old in states(training.state)[:-STATES_KEPT]: shutil.rmtree(old)
+    if training.main: _write_gitignore(training.state)
+    corpus = _corpus_state(training)
+    with _disk_errors(training.state), atomic_path(training.state / f"step-{training.step:08d}") as folder:
+        if training.main: folder.mkdir()
+        _save_tensors(training, trained_tensors(training.module), folder / "weights.safetensors")
+        _save_tensors(training, optimizer_tensors(training.module, training.optimizer), folder / "optimizer.safetensors")
+        if training.ema and training.ema.average: _save_tensors(training, training.ema.tensors(training.module), folder / "ema.safetensors")
+        content = {"step": training.step, "seconds": training.seconds, "ema_updates": training.ema.updates if training.ema else 0, "changes": training.changes,
+                   "description": description(training), "environment": environment(training.device)}
+        if training.main: (folder / "state.json").write_text(json.dumps(content, indent=1))
+        if training.main and corpus: (folder / "corpus.json").write_text(json.dumps(corpus))
+    for old in states(training.state)[:-STATES_KEPT] if training.main else (): shutil.rmtree(old)
     training.accelerator.wait_for_everyone()
+
+
+def _corpus_state(training):
+    "The bookmarks of all processes together, in the main one."
+    corpus = getattr(training.stage, "corpus", None)
+    if corpus is None: return None
+    from accelerate.utils import gather_object
+    found = gather_object([corpus.state()]) if training.world > 1 else [corpus.state()]
+    def merged(key): return {name: value for each in found for name, value in each.get(key, {}).items()}
+    return {**found[0], "skipped": merged("skipped"), **({"marks": merged("marks")} if "marks" in found[0] else {})}
 
 # %% ../../nbs/train/loop.ipynb #faa238e2
 def states(state):  # folder of training states
@@ -344,7 +499,8 @@ def _disk_errors(path):
     except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror or error}): free space there or name another folder.") from error
 
 # %% ../../nbs/train/loop.ipynb #8b796084
-_FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation")
+_FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation", "options.latent_cache")
+_DEFAULTS = {f"recipe.{each.name}": each.default for each in fields(Recipe)}  # of keys that a state is too old to have
 
 
 def _flat(tree, prefix=""):
@@ -355,7 +511,8 @@ def _flat(tree, prefix=""):
 def differences(old, new):  # two `description`s
     "{key: (old, new)} where a resume would not be exact."
     old, new = _flat(old), _flat(new)
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key) and key not in _FREE}
+    def before(key): return old.get(key, _DEFAULTS.get(key))
+    return {key: (before(key), new.get(key)) for key in {**old, **new} if before(key) != new.get(key) and key not in _FREE}
 
 # %% ../../nbs/train/loop.ipynb #e10899c9
 def _read(path):
@@ -386,13 +543,15 @@ def restore(training, accept=False):
     load_optimizer(training.module, training.optimizer, _read(path / "optimizer.safetensors"))
     training.step, training.seconds = content["step"], content["seconds"]
     if training.ema: _restore_ema(training, path, content)
+    if (path / "corpus.json").exists() and getattr(training.stage, "corpus", None) is not None: training.stage.corpus.load_state(_read(path / "corpus.json"))
     return True
 
 
 def _restore_ema(training, path, content):
-    if not (path / "ema.safetensors").exists(): return  # the average was switched on by an accepted change: it begins at the weights
-    training.ema.updates = content["ema_updates"]
-    training.ema.average = {name: value.to(training.device) for name, value in _read(path / "ema.safetensors").items()}
+    found = path / "ema.safetensors"
+    if found.exists(): training.ema.load(training.module, _read(found), content["ema_updates"])
+    elif training.ema.average: training.ema = Ema(training.module, training.ema.decay, training.ema.device)  # switched on by an accepted change: it begins at the weights
+    else: training.ema.updates = content["ema_updates"]  # it has not begun yet
 
 # %% ../../nbs/train/loop.ipynb #94da54b2
 def read_log(path):  # log.jsonl
@@ -444,12 +603,24 @@ class Progress:
 def write_log(training, progress):
     "Average the figures since the last line, write them and show them."
     figures = {name: float(value) / max(1, training.since) for name, value in training.sums.items()}
+    if training.world > 1: figures = _mean_over_processes(training, figures)
     training.sums, training.since = {}, 0
     if not training.main: return
-    row = {"step": training.step, "learning_rate": learning_rate_at(training.recipe, training.step - 1), "seconds": round(training.seconds, 1), **figures}
+    row = {"step": training.step, "learning_rate": learning_rate_at(training.recipe, training.step - 1), "seconds": round(training.seconds, 1), **figures, **_skipped(training)}
     _write_gitignore(training.state)
     with _disk_errors(training.state), open(training.state / "log.jsonl", "a") as log: log.write(json.dumps(row) + "\n")
     progress.line(training.step, {name: figures[name] for name in figures if name != "gradient_norm"})
+
+
+def _mean_over_processes(training, figures):
+    values = torch.tensor([figures[name] for name in sorted(figures)], device=training.device)
+    return dict(zip(sorted(figures), training.accelerator.reduce(values, reduction="mean").tolist()))
+
+
+def _skipped(training):
+    "Samples of the corpus that this process could not read: their number, and the first by name."
+    report = training.stage.corpus.report() if getattr(training.stage, "corpus", None) is not None else {}
+    return {"skipped": report["skipped"], "skipped_names": list(report["names"])} if report.get("skipped") else {}
 
 # %% ../../nbs/train/loop.ipynb #b8c894f6
 @contextlib.contextmanager
@@ -504,27 +675,46 @@ def run_record(training, rows, evaluation_seconds, command):
     preset = getattr(stage, "preset", None)
     return {"stage": stage.name, "preset": preset.name if preset else "none", "about": getattr(stage, "about", ""), "command": command, "steps": training.step,
             "wall_seconds": round(training.seconds + evaluation_seconds, 1), "evaluation_seconds": round(evaluation_seconds, 1), "trainable_parameters": training.trainable,
-            "processes": training.world, "precision": {"no": "fp32"}.get(training.accelerator.mixed_precision, training.accelerator.mixed_precision), "recipe": what["recipe"], "model": what["model"],
+            "processes": training.world, **({"sharding": "FSDP"} if training.sharded else {}), "precision": {"no": "fp32"}.get(training.accelerator.mixed_precision, training.accelerator.mixed_precision), "recipe": what["recipe"], "model": what["model"],
             "options": what["options"], "world": what["world"], "frozen_weights": training.frozen, "changes": training.changes,
-            "data_fingerprint": data_fingerprint(preset, stage.name) if preset and stage.name in preset.stages else "", "environment": environment(training.device), "rows": rows}
+            "data_fingerprint": data_fingerprint(preset, stage.name) if preset and stage.name in preset.stages else "", "environment": environment(training.device), **_corpus_record(training), "rows": rows}
+
+
+def _corpus_record(training):
+    "What run.json says of a corpus: what it was, and what of it could not be read."
+    if not training.corpus: return {}
+    return {"corpus": training.corpus, **(training.skipped or training.stage.corpus.report())}
 
 # %% ../../nbs/train/loop.ipynb #c858fd61
 def finish(training, out, command):
     "Evaluate and write the checkpoint folder; the content of its run.json."
-    start, record = time.monotonic(), None
-    if training.ema: training.ema.copy_to(training.module)
-    training.module.eval()
+    start, record, module = time.monotonic(), None, _final_module(training)
+    corpus = _corpus_state(training)
     seed_everything(step_seed(training.recipe.seed, "finish"))
     if training.main:
+        module.eval()
+        if corpus: training.skipped = {"skipped": len(corpus["skipped"]), "names": dict(list(corpus["skipped"].items())[:20])}
         with _disk_errors(out), atomic_path(out) as folder:
             folder.mkdir()
-            with torch.no_grad(): rows = as_rows(training.stage.finish(training.module, folder))
+            with torch.no_grad(): rows = as_rows(training.stage.finish(module, folder))
             record = run_record(training, rows, time.monotonic() - start, command)
             (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
             (folder / "README.md").write_text(model_card(record))
             if (training.state / "log.jsonl").exists(): shutil.copy(training.state / "log.jsonl", folder / "log.jsonl")
     training.accelerator.wait_for_everyone()
     return record
+
+
+def _final_module(training):
+    "The module with its averaged weights; where it lies in shards, one built anew in the main process, and None in the others."
+    if training.ema: training.ema.copy_to(training.module)
+    if not training.sharded: return training.module
+    tensors = gathered(training, trained_tensors(training.module))
+    if not training.main: return None
+    seed_everything(step_seed(training.recipe.seed, "build"))
+    module = training.stage.build().to(training.device)
+    load_tensors(module, tensors, "the gathered weights")
+    return module
 
 # %% ../../nbs/train/loop.ipynb #69447e69
 def check_free(out, state, resume, overwrite):
@@ -611,6 +801,13 @@ def settings_of(arguments):
     return {**settings, **{f"recipe.{name}": getattr(arguments, name) for name in ("steps", "seed") if getattr(arguments, name) is not None}}
 
 
+def _for_corpus(stage_class, name, preset):
+    "The class that learns from the preset's corpus, if it has one."
+    if not preset.corpus: return stage_class
+    if not hasattr(stage_class, "on_corpus"): raise UserError(f"The stage {name} learns from drawn scenes only: train it without a corpus.")
+    return stage_class.on_corpus()
+
+
 def train_stage(stage_class, arguments, name=None, command=""):
     "Train as the parsed arguments say; the result of `run`."
     name = name or stage_class.name
@@ -618,7 +815,7 @@ def train_stage(stage_class, arguments, name=None, command=""):
     check_inputs(preset, name)
     root = Path(arguments.root or checkpoints_dir(preset.name)).expanduser().resolve()
     out = Path(arguments.out or root / name).expanduser().resolve()
-    stage = stage_class(preset, root)
+    stage = _for_corpus(stage_class, name, preset)(preset, root)
     if name != stage_class.name: stage.name = name
     return run(stage, preset.stage(name).recipe, out, resume=arguments.resume, stop_after=arguments.stop_after, state=arguments.state,
                overwrite=arguments.overwrite, accept_changes=arguments.accept_changes, command=command)
@@ -635,6 +832,7 @@ def command_line(name, words):
     kept, words = [], iter(words)
     for word in words:
         if word in ("--root", "--out", "--state"): next(words, None)
+        elif "=" in word and word.split("=")[-2].endswith(("corpus.path", "options.latent_cache")): kept.append("=".join([*word.split("=")[:-1], Path(word.split("=")[-1]).name]))
         elif not word.startswith(("--root=", "--out=", "--state=")): kept.append(word)
     return " ".join([f"vugen train {name}", *kept])
 
@@ -645,7 +843,14 @@ def stage_main(stage_class,  # class of the stage
     "Parse, train, and leave the process with an exit code: 0, 2 after a `UserError` (one sentence on stderr), 128 + signal."
     name, argv = name or stage_class.name, sys.argv[1:] if argv is None else argv
     try: result = train_stage(stage_class, stage_parser(name).parse_args(argv), name, command_line(name, argv))
-    except UserError as error: print(f"vugen train {name}: {error}", file=sys.stderr); sys.exit(2)
+    except UserError as error: print(f"vugen train {name}: {error}", file=sys.stderr); _leave(2)
     sentence, code = say_outcome(result, name)
     if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code):
+    "End the process; one of several ends at once, because threads of the process group may hang or abort while they are torn down."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): sys.exit(code)
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)

@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..data.corpora import Pairs
 from ..data.foils import foil_batch
 from ..data.scenes import World, batch as scene_batch, captions, facts, parse, sample_scenes, uniforms
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..generate.vlm import QUESTION_KINDS, SceneVLM, caption_log_likelihood, load_vision, question, world_words
 from ..models.saving import fingerprint
+from ..models.text import common_words, known_words
 from .loop import stage_main
+from .presets import corpus_of
 
 # %% auto #0
 __all__ = ['TASKS', 'PAIR_KINDS', 'pick_task', 'ask', 'make_row', 'label_ids', 'row_loss', 'VLMStage', 'held_out', 'row_of',
-           'question_rows', 'caption_rows', 'pair_rows', 'evaluate_vlm', 'main']
+           'question_rows', 'caption_rows', 'pair_rows', 'evaluate_vlm', 'main', 'CorpusVLMStage', 'told_apart']
 
 # %% ../../nbs/train/vlm.ipynb #54bc314f
 TASKS = {"caption": .3, "question": .3, "text": .05, "reading": .2, "retelling": .15} # shares of the stream
@@ -215,6 +218,48 @@ def evaluate_vlm(
 def main():
     "`python -m vugen.train.vlm --preset tiny`"
     stage_main(VLMStage)
+
+# %% ../../nbs/train/vlm.ipynb #60e56b5b
+class CorpusVLMStage(VLMStage):
+    "Captions of a corpus, told of its pictures"
+    about = "A small LLaVA-style vision–language model that captions the pictures of a corpus."
+
+    def __init__(self, preset, root):
+        super().__init__(preset, root)
+        self.corpus = Pairs(corpus_of(preset.corpus), self.world.image_size, self.seed, self.part.recipe.batch_size)
+
+    def build(self):
+        "The model with its encoder, and a vocabulary of the corpus' own words"
+        vision = load_vision(self.root / "contrastive")
+        words = common_words(self.corpus.told(100_000))
+        if not words: raise UserError("the corpus has no captions: name their key with corpus.caption, or give a template for its class folders.")
+        model = SceneVLM(sorted(words), vision.hidden_size, tuple(vision.grid), encoder_fingerprint=fingerprint(vision), **self.part.model)
+        self.tokenizer, self.places = model.tokenizer, "<image> " * model.num_image_tokens
+        if not torch.cuda.is_available(): model.language_model.set_attn_implementation("eager") # see `vugen.models.layers.attend`
+        return model.attach(vision)
+
+    def batch(self, indices):
+        images, told = self.corpus.samples(indices)
+        ids, mask, labels = label_ids(self.tokenizer, [[self.places, known_words(self.tokenizer, caption)[0]] for caption in told])
+        return {"ids": ids, "mask": mask, "labels": labels, "images": images}
+
+    def finish(self, module, out):
+        module.save_pretrained(out)
+        images, told = self.corpus.held_out(self.options.get("evaluation", 500))
+        return told_apart(module, images, [known_words(module.tokenizer, caption)[0] for caption in told])
+
+def told_apart(
+    vlm, # SceneVLM
+    images, # [I, 3, H, W] in [0, 1]
+    told: list[str], # their captions
+) -> list[dict]:
+    "Share of held-out pictures whose own caption is likelier than the next picture's, where the two differ"
+    other = told[1:] + told[:1]
+    own, exchanged = (caption_log_likelihood(vlm, images, captions, paired=True) for captions in (told, other))
+    differ = torch.tensor([one != two for one, two in zip(told, other)])
+    return [{**row_of("captions", "own caption likelier", (own > exchanged)[differ], .5), "suite": "pairs"}] if differ.any() else []
+
+VLMStage.on_corpus = classmethod(lambda cls: CorpusVLMStage)
 
 # %% ../../nbs/train/vlm.ipynb #e35f2987
 if __name__ == "__main__" and "__file__" in globals(): main() # not inside a notebook
