@@ -26,13 +26,13 @@ __all__ = ['HEADS', 'TARGETS', 'GENERATORS', 'decoupled', 'alignment_layer', 'Gr
 def decoupled(
     vlm: UnderstandingModel, # the backbone; its tower is copied
     vae: LatentAutoencoder, # of the pictures; SD3's in the paper
-    image_size: int, # side in pixels of the pictures that are drawn
+    picture_size: int, # side in pixels of the pictures that are drawn
     vae_name: str = "../vae", # where the saved model will look for it
     **options, # of `TextToImage`
 ) -> TextToImage:
     "An untrained Decoupled generator (VUGEN, section 4.1) with its parts attached; the channels' statistics are still to be measured, see `VAESpace.fit_whitening`"
-    if image_size % vae.factor: raise UserError(f"pictures of {image_size} pixels do not fit {vae.name}: give a multiple of {vae.factor}.")
-    side = image_size // vae.factor
+    if picture_size % vae.factor: raise UserError(f"pictures of {picture_size} pixels do not fit {vae.name}: give a multiple of {vae.factor}.")
+    side = picture_size // vae.factor
     patch = patch_size_for((side, side), tuple(vlm.vision.grid))
     sizes = dict(latent_dim=vae.latent_channels * patch**2, grid=(side // patch,) * 2)
     return TextToImage(space="vae", vae=vae_name, vlm_fingerprint=fingerprint(vlm), vae_fingerprint=fingerprint(vae), **sizes, **options).attach(vlm, vae=vae)

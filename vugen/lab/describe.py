@@ -24,13 +24,13 @@ from ..errors import UserError
 from ..train.presets import load_preset
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES', 'RULE',
-           'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Part',
-           'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts', 'one_step_parts', 'language_parts',
-           'tower_part', 'generator_parts', 'tower_counts', 'Tower', 'alignment_part', 'baseline_parts', 'parser_parts',
-           'scene_parts', 'published', 'published_vlm', 'published_vae', 'pretrained_parts', 'VGGPerceptual',
-           'judge_parts', 'paper_parts', 'parts_of', 'lit_parts', 'optional_parts', 'Setup', 'settled', 'unit_sizes',
-           'stage_memory', 'drawing_costs', 'describe']
+__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED_VAES', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS',
+           'EMA_PLACES', 'RULE', 'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved',
+           'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts',
+           'one_step_parts', 'language_parts', 'tower_part', 'generator_parts', 'tower_counts', 'Tower',
+           'alignment_part', 'vae_sizes', 'baseline_parts', 'parser_parts', 'scene_parts', 'published', 'published_vlm',
+           'published_vae', 'pretrained_parts', 'VGGPerceptual', 'judge_parts', 'paper_parts', 'parts_of', 'lit_parts',
+           'optional_parts', 'Setup', 'settled', 'unit_sizes', 'stage_memory', 'drawing_costs', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -246,15 +246,27 @@ def alignment_part(stage, preset, width, vision, grid):  # width of the tower
     return Part("alignment head", stage, head, lambda batch: head(_meta(batch, tokens, width), _meta(batch, tokens, vision.hidden_size)).sum())
 
 
-def baseline_parts(preset, world, vision, vlm):
-    "The towers of the baselines, in the space of the preset's own VAE, and REPA's head."
+PUBLISHED_VAES = {"stabilityai/stable-diffusion-3-medium-diffusers": (16, 8)}  # hub id: channels, pixels of a latent's side
+
+
+def vae_sizes(preset, stage):  # a stage that samples a VAE's latents
+    "Channels of the VAE and pixels of a latent's side."
     from vugen.decode.vae import ConvVAE
+    name = preset.stage(stage).options["vae"]
+    if name in PUBLISHED_VAES: return PUBLISHED_VAES[name]
+    if name not in preset.stages: raise UserError(f"the sizes of the VAE {name} are not known here: add them to PUBLISHED_VAES.")
+    vae = ConvVAE(**preset.stage(name).model)
+    return vae.latent_channels, vae.factor
+
+
+def baseline_parts(preset, world, vision, vlm):
+    "The towers of the baselines, in the space of their VAE, and REPA's head."
     from vugen.generate.latent_spaces import patch_size_for
-    if not {"vae", "generator-decoupled", "generator-repa"} <= set(preset.stages): return []
-    vae = ConvVAE(**preset.stage("vae").model)
-    side, width = world.image_size // vae.factor, vlm.language_model.config.hidden_size
+    if not {"generator-decoupled", "generator-repa"} <= set(preset.stages): return []
+    channels, factor = vae_sizes(preset, "generator-decoupled")
+    side, width = world.image_size // factor, vlm.language_model.config.hidden_size
     patch = patch_size_for((side, side), tuple(vision.grid))
-    grid, dim = (side // patch,) * 2, vae.latent_channels * patch**2
+    grid, dim = (side // patch,) * 2, channels * patch**2
     towers = [tower_part(f"image tower of {name}, a step", stage, preset, vlm, dim, grid) for name, stage in (("Decoupled", "generator-decoupled"), ("REPA", "generator-repa"))]
     return [*towers, alignment_part("generator-repa", preset, width, vision, grid)]
 
@@ -403,7 +415,7 @@ def paper_parts(preset):  # on a corpus
     reducer, pixels = decoder_parts(preset, world, vision)
     student = replace(pixels[1], name="distilled decoder, its one step", stage="distill", module=copy.deepcopy(pixels[1].module))
     student.run = functools.partial(pixel_step, student.module, world.image_size)
-    return [*pretrained, *pixels, *([student] if "distill" in preset.stages else []), *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer)]
+    return [*pretrained, *pixels, *([student] if "distill" in preset.stages else []), *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer), *baseline_parts(preset, world, vision, vlm)]
 
 
 def parts_of(preset):  # Preset

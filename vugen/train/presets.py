@@ -293,7 +293,7 @@ def _paper_stages(steps, gpus, guidance_scale, ema_start):
 # %% ../../nbs/train/presets.ipynb #5f251e48
 PAPER_IMAGENET = _paper_stages(50_000, 8, guidance_scale=1.8, ema_start=10_000)
 PAPER_STOCKMIX = _paper_stages(200_000, 32, guidance_scale=5.0, ema_start=50_000)
-_IMPROVED = {**{name: dict(options=dict(latent_noise=0.8)) for name in ("decoder", "distill", "decoder-ldm")}, "generator": dict(model=dict(shift=2.0))}
+_IMPROVED = {**{name: dict(options=dict(latent_noise=0.8)) for name in ("decoder", "distill", "decoder-ldm")}, **{name: dict(model=dict(shift=2.0)) for name in ("generator", "generator-decoupled", "generator-repa")}}
 _CORPORA = {"paper-imagenet": dict(kind="images", path=None, caption="caption", template="This is an image of a [CLS]."),
             "paper-stockmix": dict(kind="webdataset", path=None, caption="caption", template=None)}
 
@@ -332,6 +332,9 @@ def baseline_stages(stages,  # of a preset: {name: StagePreset}
 TINY.update(baseline_stages(TINY))
 SMOKE.update(baseline_stages(SMOKE, statistics=64))
 SMALL.update(_merged(baseline_stages(SMALL), {"generator-repa": dict(options=dict(keep_targets=False))}))  # tokens of 400,000 pictures would fill the memory
+_SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"  # its VAE is the paper's; 32×32×16 latents, patches of 2 give 16×16 tokens of 64 channels, as VUGEN's
+for stages in (PAPER_IMAGENET, PAPER_STOCKMIX): stages.update(_merged(baseline_stages(stages, vae=_SD3), {"generator-repa": dict(options=dict(keep_targets=False))}))
+del stages
 
 # %% ../../nbs/train/presets.ipynb #9d20c124
 PRESETS = {
