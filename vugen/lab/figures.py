@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 import numpy as np
 import torch
+from ..data.scenes import scene_from_caption
 from .workbench import Workbench, draw_caption, with_foils
 
 # %% ../../nbs/lab/figures.ipynb #4e23ead1
@@ -76,7 +77,7 @@ def bench_figure(
     picture = draw_caption(caption, seed)
     original, backs = bench.reconstruct(picture, seed=seed)
     pictures = bench.generate(caption, number=4, seed=seed)
-    captions, kinds = with_foils(caption)
+    captions, kinds = with_foils(caption, scene_from_caption(caption, seed=seed))
     verdict = bench.judge(picture, captions, kinds)
     verdict = type(verdict)(verdict.captions, verdict.kinds, {n: verdict.scores[n] for n in scorers if n in verdict.scores})
     figure = plt.figure(figsize=(9, 5.6), dpi=80, layout="constrained")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SIZE', 'STARTER_CAPTIONS', 'PHOTOGRAPH_CAPTIONS', 'HEADLINES', 'Starter', 'draw_caption', 'starters',
-           'Verdict', 'verdict_table', 'judge', 'with_foils', 'Reconstruction', 'Workbench', 'headlines',
+           'Verdict', 'verdict_table', 'judge', 'true_of', 'with_foils', 'Reconstruction', 'Workbench', 'headlines',
            'headline_table']
 
 # %% ../../nbs/lab/workbench.ipynb #8d8061f1
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from ..data.foils import caption_foils
 from ..data.images import load_image, sample_photographs, to_pil, to_tensor
-from ..data.scenes import parse, render, scene_from_caption
+from ..data.scenes import Scene, holds, parse, render, scene_from_caption
 from ..decode.autoencoder import PixelAutoencoder
 from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, check, parse_images
@@ -34,6 +34,7 @@ class Starter:
     title: str
     picture: Image.Image
     captions: tuple[str, ...]
+    scene: Scene | None = None  # what was drawn; nobody knows the facts of a photograph
 
 def draw_caption(
     caption: str,  # in the grammar of `vugen.data.scenes`, emoji names included
@@ -53,7 +54,7 @@ PHOTOGRAPH_CAPTIONS = ("a cat looking into the camera", "a rocket on its launch 
 
 def starters() -> list[Starter]:
     "Two drawn scenes, an emoji scene and a photograph."
-    drawn = [Starter(title, draw_caption(captions[0]), captions) for title, captions in STARTER_CAPTIONS.items()]
+    drawn = [Starter(title, draw_caption(captions[0]), captions, scene_from_caption(captions[0])) for title, captions in STARTER_CAPTIONS.items()]
     photographs = sample_photographs()
     cat = next((photographs[name] for name in ("chelsea", "cat") if name in photographs), next(iter(photographs.values())))
     square = to_pil(to_tensor(cat, PICTURE_SIZE)[0])
@@ -80,27 +81,33 @@ class Verdict:
                 "choices": {k: self.choice(k) for k in self.scores}, "notes": dict(self.notes)}
 
 # %% ../../nbs/lab/workbench.ipynb #b61a84e2
-def _cell(value: float, best: float, chosen: bool, right: bool) -> str:
-    "A table cell: the margin to the best caption, marked where it is the choice."
-    mark = (" ✓" if right else " ✗") if chosen else ""
-    style = f' class="{"right" if right else "wrong"}"' if chosen else ""
-    text = "tie" if value == best and not chosen else ("best" if chosen else f"{value - best:.2f}")
-    return f"<td{style}>{text}{mark}</td>"
+_MARKS = {True: ("right", "✓"), False: ("wrong", "✗"), None: ("chosen", "•")}
+_LEGENDS = {True: "✓ chosen, and true of the picture · ✗ chosen, but a foil", False: "• chosen; which caption is true is yours to say"}
 
+def _cell(scorer: str, value: float, best: float, chosen: bool, right: bool | None) -> str:
+    "A table cell: the margin to the best caption, marked where it is the choice."
+    style, mark = _MARKS[right] if chosen else ("", "")
+    text = "tie" if value == best and not chosen else (f"best {mark}" if chosen else f"{value - best:.2f}")
+    return f'<td class="{style}" data-scorer="{html.escape(scorer)}">{text}</td>'
+
+def _row(verdict: Verdict, place: int, truth: int | None) -> str:
+    "A caption, its kind and a cell for each scorer."
+    right = None if truth is None else place == truth
+    cells = "".join(_cell(name, values[place], max(values), verdict.choice(name) == place, right) for name, values in verdict.scores.items())
+    kind = f"<br><small>{html.escape(verdict.kinds[place])}</small>" if verdict.kinds[place] else ""
+    return f"<tr><td>{html.escape(verdict.captions[place])}{kind}</td>{cells}</tr>"
+
+# %% ../../nbs/lab/workbench.ipynb #3f6b0a24
 def verdict_table(
     verdict: Verdict,  # what to show
     truth: int | None = 0,  # the caption that is true of the picture; None where nobody knows
 ) -> str:
-    "The verdict as an HTML table; choices are marked ✓ where they hit `truth`, ✗ where not."
-    names = list(verdict.scores)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    rows = []
-    for place, caption in enumerate(verdict.captions):
-        cells = "".join(_cell(verdict.scores[n][place], max(verdict.scores[n]), verdict.choice(n) == place, truth in (None, place)) for n in names)
-        kind = f'<br><small>{html.escape(verdict.kinds[place])}</small>' if verdict.kinds[place] else ""
-        rows.append(f"<tr><td>{html.escape(caption)}{kind}</td>{cells}</tr>")
+    "The verdict as an HTML table; choices are marked ✓ where they hit `truth`, ✗ where not, • where nobody knows."
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in verdict.scores)
+    rows = "".join(_row(verdict, place, truth) for place in range(len(verdict.captions)))
     notes = "".join(f"<p><small><b>{html.escape(name)}</b>: {html.escape(text)}</small></p>" for name, text in verdict.notes.items())
-    return f'<div class="verdict"><table><thead><tr><th>caption</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{notes}</div>'
+    legend = f"<p><small>{_LEGENDS[truth is not None]}</small></p>" if verdict.scores else ""
+    return f'<div class="verdict"><table><thead><tr><th>caption</th>{head}</tr></thead><tbody>{rows}</tbody></table>{legend}{notes}</div>'
 
 # %% ../../nbs/lab/workbench.ipynb #33bad887
 def _try_scorer(scorer, image: torch.Tensor, captions: Sequence[str]) -> tuple[tuple[float, ...] | None, str]:
@@ -122,15 +129,27 @@ def judge(
     return Verdict(tuple(captions), kinds, {n: s for n, (s, _) in found.items() if s is not None}, {n: why for n, (s, why) in found.items() if s is None})
 
 # %% ../../nbs/lab/workbench.ipynb #e29b91ea
+def true_of(
+    scene: Scene | None,  # None where nobody knows the facts of the picture
+    caption: str,
+) -> bool | None:
+    "Whether a scene shows what a caption says; nothing where the scene is unknown or the caption outside the grammar."
+    if scene is None: return None
+    try: return holds(scene, parse(caption))
+    except UserError: return None
+
+# %% ../../nbs/lab/workbench.ipynb #3f6b0a22
 def with_foils(
     caption: str,  # as typed
+    scene: Scene | None = None,  # of the picture, where it was drawn
 ) -> tuple[list[str], list[str]]:
-    "The caption followed by its foils, and the kind of each; a caption outside the grammar stands alone."
+    "The caption followed by its foils, and the kind of each; a caption outside the grammar stands alone. An added attribute is guessed: it needs the scene, which says that the guess is wrong."
     caption = caption.strip()
     if not caption: raise UserError("The caption is empty: write one such as 'a red circle left of a blue square'.")
     try: foils = caption_foils(caption)
     except UserError: return [caption], ["caption"]
-    return [caption, *foils.values()], ["caption", *foils]
+    kept = {kind: foil for kind, foil in foils.items() if not true_of(scene, foil) and (scene is not None or kind != "add-attribute")}
+    return [caption, *kept.values()], ["caption", *kept]
 
 # %% ../../nbs/lab/workbench.ipynb #50a68d3f
 @dataclass(frozen=True)
@@ -184,8 +203,8 @@ class Workbench:
         made = {name: (model, model.reconstruct(image, num_inference_steps, seed)) for name, model in self.autoencoders.items()}
         return image[0], [Reconstruction(name, back[0], float(model.psnr(image, back)[0])) for name, (model, back) in made.items()]
 
-    def generate(self, prompt: str, guidance_scale: float = 2.0, num_inference_steps: int = 50, seed: int = 0, number: int = 4) -> torch.Tensor:
-        "Pictures [number, 3, H, W] of a prompt; each is a function of the seed and its place."
+    def generate(self, prompt: str, guidance_scale: float | None = None, num_inference_steps: int | None = None, seed: int = 0, number: int = 4) -> torch.Tensor:
+        "Pictures [number, 3, H, W] of a prompt; each is a function of the seed and its place. Guidance and steps are the generator's own by default."
         return self.generator.images([prompt] * number, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, seed=seed)
 
     def shows(self, images: torch.Tensor, prompt: str) -> list[bool]:

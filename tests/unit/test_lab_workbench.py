@@ -1,0 +1,107 @@
+"The verdict's marks and the foils of a typed caption, against the facts of what was drawn."
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vugen.data.foils import caption_foils
+from vugen.data.scenes import World, caption_of, facts, holds, parse, sample_scene, scene_from_caption
+from vugen.errors import UserError
+from vugen.lab.playground import checked_captions, on_draw, scene_of
+from vugen.lab.workbench import Verdict, draw_caption, starters, true_of, verdict_table, with_foils
+
+VERDICT = Verdict(("a dog", "a cat", "a cow"), ("caption", "", ""), {"first": (2.0, 1.0, 0.0), "second": (0.0, 1.0, 0.5), "even": (1.0, 1.0, 0.0)}, {})
+
+
+def marks(page): return re.findall(r"best (.)", page)
+
+
+@pytest.mark.parametrize("truth, wanted", [(0, ["✓", "✗"]), (1, ["✗", "✓"]), (2, ["✗", "✗"]), (None, ["•", "•"])])
+def test_a_choice_is_marked_by_what_is_known(truth, wanted):
+    page = verdict_table(VERDICT, truth)
+    assert sorted(marks(page)) == sorted(wanted) and page.count(">tie<") == 2
+    assert page.count('class="right"') == wanted.count("✓") and page.count('class="wrong"') == wanted.count("✗")
+
+
+def test_without_a_truth_neither_table_nor_legend_speaks_of_right():
+    page = verdict_table(VERDICT, None)
+    assert not set("✓✗") & set(page) and page.count('class="chosen"') == 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_added_size_is_a_foil_only_where_the_thing_has_another(seed):
+    scene = scene_from_caption("a dog left of a tree", seed=seed)
+    small = next(item.size for item in scene.items if item.name == "dog") == "small"
+    captions, _ = with_foils("a dog left of a tree", scene)
+    assert ("a small dog left of a tree" in captions) is not small
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_added_colour_is_never_the_drawn_one(seed):
+    scene = scene_from_caption("a circle above a square", seed=seed)
+    colors = {item.name: (item.color, item.fill, item.size) for item in scene.items}
+    captions, kinds = with_foils("a circle above a square", scene)
+    for text in [caption for caption, kind in zip(captions, kinds) if kind == "add-attribute"]:
+        (word,) = set(text.split()) - {"a", "an", "circle", "above", "square"}
+        name = text.split()[text.split().index(word) + 1]
+        assert word not in colors[name]
+
+
+def told_scenes():
+    "Drawn scenes with a caption that names all their things, with and without colours."
+    for index in range(80):
+        scene = sample_scene(World(), 5, index)
+        for attributes in ((), ("color",)):
+            try: yield scene, caption_of(facts(scene, attributes))
+            except UserError: continue
+
+
+def test_foils_made_without_a_scene_are_false_of_the_picture():
+    shown = 0
+    for scene, caption in told_scenes():
+        for foil in with_foils(caption)[0][1:]:
+            try: assert not holds(scene, parse(foil)), (caption, foil)
+            except UserError: continue
+            shown += 1
+    assert shown > 300
+
+
+def test_a_scene_takes_away_true_foils_and_nothing_else():
+    gone = 0
+    for scene, caption in told_scenes():
+        made, (captions, kinds) = caption_foils(caption), with_foils(caption, scene)
+        missing = set(made) - set(kinds)
+        assert all(holds(scene, parse(made[kind])) for kind in missing)
+        assert not any(true_of(scene, foil) for foil in captions[1:])
+        gone += len(missing)
+    assert gone > 0, "some guessed attributes are true, or this test shows nothing"
+
+
+def test_nobody_knows_the_truth_of_a_photograph_or_of_free_words():
+    assert true_of(None, "a dog") is None and true_of(scene_from_caption("a dog"), "somebody crossing a street") is None
+
+
+def test_a_scene_is_known_by_its_pixels_alone():
+    picture, scene, *_ = on_draw("a red circle left of a blue square", 3)
+    assert np.array_equal(np.asarray(picture), np.asarray(draw_caption("a red circle left of a blue square", 3)))
+    assert scene_of(picture, scene) is scene and scene_of(picture.convert("RGBA"), scene) is scene
+    touched = picture.copy()
+    touched.putpixel((0, 0), (1, 2, 3))
+    assert scene_of(touched, scene) is None and scene_of(picture.resize((64, 64)), scene) is None and scene_of(Image.new("RGB", picture.size), None) is None
+
+
+def test_what_the_scene_contradicts_is_refused_in_a_sentence():
+    scene = scene_from_caption("a red circle left of a blue square")
+    with pytest.raises(UserError, match="does not show 'a blue circle'"): checked_captions(scene, ["a blue circle", "a dog"])
+    with pytest.raises(UserError, match="'a blue square' is true of this picture as well"): checked_captions(scene, ["a red circle left of a blue square", "a blue square"])
+    for known, captions in ((scene, ["a red circle", "a dog", "free words"]), (scene, ["free words", "a dog"]), (None, ["a blue circle", "a blue square"])):
+        assert checked_captions(known, captions) == captions
+
+
+def test_starters_carry_the_scene_they_show():
+    drawn = [starter for starter in starters() if starter.scene]
+    assert len(drawn) == 3
+    for starter in drawn:
+        assert scene_of(starter.picture, starter.scene) is starter.scene
+        assert [true_of(starter.scene, caption) for caption in starter.captions] == [True, False, False]
