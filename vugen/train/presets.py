@@ -126,7 +126,7 @@ def override(preset,  # Preset
 # %% ../../nbs/train/presets.ipynb #1ec38236
 def data_fingerprint(preset,  # Preset
                      stage):  # name of a stage
-    "16 hex digits over the world and the stage's options: equal digits, equal data."
+    "16 hex digits over the dials of the world and the stage's options, not over pixels: equal digits mean equal dials, and the same data where the code that draws is the same too."
     text = json.dumps([preset.world, preset.stage(stage).options], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
