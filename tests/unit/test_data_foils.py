@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vugen.data import foils
 from vugen.data.foils import ATTEMPTS, FOIL_KINDS, caption_foils, foil_batch, make_foil, meaning
-from vugen.data.scenes import CONVERSE, RELATIONS, World, facts, named_attributes, parse, relation_holds
+from vugen.data.scenes import CONVERSE, RELATIONS, World, facts, holds, named_attributes, parse, relation_holds
 from vugen.errors import UserError
 
 TINY = World()
@@ -14,6 +15,7 @@ RICH = World(image_size=64, emoji=("dog", "car", "tree", "apple"), fills=("solid
              counts={1: .2, 2: .6, 3: .2}, background=("white", "sky"), clutter=1)
 SWAPS, REPLACES = ("swap-attribute", "swap-object"), ("replace-object", "replace-attribute", "replace-relation")
 PARALLEL = FOIL_KINDS[:-1]
+CLUTTERED = World(clutter=3, relations=RELATIONS, counts={2: 1.0})
 
 
 def many(world, kind, number=20, seed=0): return [make_foil(world, kind, seed, index) for index in range(number)]
@@ -30,6 +32,8 @@ def test_each_caption_tells_its_own_picture_and_not_the_other(world, kind):
         told = parse(foil.caption_0), parse(foil.caption_1)
         assert told[0] != told[1]
         assert told[1] == facts(foil.scene_1, attributes) != facts(foil.scene_0, attributes)
+        shown = [[holds(scene, each) for each in told] for scene in (foil.scene_0, foil.scene_1)]
+        assert shown == [[True, False], [kind.startswith("add"), True]], (shown, foil)  # what an addition leaves out is true of both pictures
         if kind != "add-attribute": assert told[0] == facts(foil.scene_0, attributes)
         for scene in (foil.scene_0, foil.scene_1):
             assert all(relation_holds(scene.items[link.subject], scene.items[link.object], link.name) for link in scene.relations)
@@ -59,6 +63,37 @@ def test_a_replaced_relation_is_false_of_the_first_picture_and_the_old_one_of_th
         assert [(item.name, item.color) for item in foil.scene_0.items] == [(item.name, item.color) for item in foil.scene_1.items]
         assert not relation_holds(foil.scene_0.items[new.subject], foil.scene_0.items[new.object], new.name)
         assert not relation_holds(foil.scene_1.items[old.subject], foil.scene_1.items[old.object], old.name)
+
+
+@pytest.mark.parametrize("world", [RICH, CLUTTERED], ids=["rich", "cluttered"])
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_clutter_and_background_do_not_give_a_picture_away(world, kind):
+    made = many(world, kind, 15)
+    for foil in made:
+        clutter = [sorted((item.name, round(item.scale, 9)) for item in scene.clutter) for scene in (foil.scene_0, foil.scene_1)]
+        assert clutter[0] == clutter[1]
+        assert (foil.scene_0.background, foil.scene_0.style) == (foil.scene_1.background, foil.scene_1.style)
+    if kind != "add-object": assert any(foil.scene_0.clutter for foil in made)
+
+
+def test_a_shuffle_that_can_be_drawn_does_not_give_itself_away(monkeypatch):
+    monkeypatch.setattr(foils, "shuffled", lambda caption, draw: "a red star left of a blue heart")
+    world = dataclasses.replace(CLUTTERED, background=("white", "sky", "mint"), styles=("flat", "inked"))
+    for foil in many(world, "shuffle", 8):
+        assert foil.complete and foil.scene_0.clutter == foil.scene_1.clutter == ()
+        assert (foil.scene_0.background, foil.scene_0.style) == (foil.scene_1.background, foil.scene_1.style)
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_foils_of_a_test_split_start_from_what_is_held_out(kind):
+    world = World(held_out=("red circle", "star above heart"), split="test")
+    for foil in many(world, kind, 10): assert any(holds(foil.scene_0, parse(told)) for told in world.held_out)
+
+
+def test_public_names_are_explained_and_meet_no_others():
+    import vugen.data.scenes as scenes
+    assert not set(foils.__all__) & set(scenes.__all__) - {"ATTEMPTS"}
+    assert all(getattr(foils, name).__doc__ for name in foils.__all__ if callable(getattr(foils, name)))
 
 
 @pytest.mark.parametrize("kind", ["swap-attribute", "swap-object", "replace-object", "replace-attribute", "add-attribute"])

@@ -1,5 +1,5 @@
 "Scenes: told and read back without loss, true in geometry, pure in (seed, index), shared out without overlap."
-import dataclasses, itertools, json, queue, threading
+import dataclasses, hashlib, itertools, json, queue, threading
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from vugen.data import scenes
 from vugen.data.scenes import (BACKGROUNDS, RELATIONS, SIZES, VOCABULARY, Facts, Item, Object, Relation, SceneStream, World, batch, caption, caption_of, captions, facts,
-                               holds, layout_from_facts, named_attributes, parse, probe_targets, relation_holds, render, render_arrays, sample_arrays, sample_scene,
+                               holds, layout_from_facts, named_attributes, narrowed, parse, probe_targets, relation_holds, render, render_arrays, sample_arrays, sample_scene,
                                sample_scenes, scene_from_caption, told, words)
 from vugen.data.sprites import COLORS, EMOJI, FILLS, SHAPES, STYLES
 from vugen.errors import UserError
@@ -127,16 +127,60 @@ def test_held_out_compositions(held, counts):
     world = World(held_out=held, counts=counts)
     banned = [parse(entry if isinstance(entry, str) else " ".join(entry)) for entry in held]
     number = 800 if max(counts) < 3 else 25
-    def shows(scene, entry):
-        return scenes._contains(scene.items, scene.relations, entry)
     for scene in sample_scenes(world, 0, range(number)):
-        assert not any(shows(scene, entry) for entry in banned), scene
+        assert not any(holds(scene, entry) or scenes._contains(scene.items, scene.relations, entry) for entry in banned), scene
     test = dataclasses.replace(world, split="test")
     drawn = sample_scenes(test, 0, range(number))
-    assert all(any(shows(scene, entry) for entry in banned) for scene in drawn)
+    assert all(any(holds(scene, entry) and scenes._contains(scene.items, scene.relations, entry) for entry in banned) for scene in drawn)
     assert all(parse(caption(scene, test, 0, index)) == facts(scene) for index, scene in enumerate(drawn))
     if len(banned) > 1:
-        assert all(any(shows(scene, entry) for scene in drawn) for entry in banned)
+        assert all(any(holds(scene, entry) for scene in drawn) for entry in banned)
+
+
+SIDE = ("left of", "right of", "above", "below")
+FEW = dict(shapes=("circle", "square"), colors=("red", "blue"))     # so that pairs meet often
+HELD_OUT = {
+    "a size that bigger things lose": dict(held_out=("small red circle",), relations=("bigger than", "left of"), counts={2: 1.}),
+    "a size that nested things lose": dict(held_out=("large red circle",), relations=("inside", "surrounding", "left of"), counts={2: 1.}),
+    "a size among three": dict(held_out=("large red circle",), relations=("inside", "bigger than", *SIDE), counts={3: 1.}, attributes_per_object=3),
+    "a pair without relations": dict(held_out=("red circle left of blue square",), relations=(), counts={2: 1.}, **FEW),
+    "a pair beside another relation": dict(held_out=("red circle above blue square",), relations=("bigger than",), counts={2: 1.}, **FEW),
+    "a nested pair": dict(held_out=("red circle inside blue square", "red square bigger than blue circle"), relations=RELATIONS, fills=("outlined",), counts={1: .2, 2: .8}, **FEW),
+    "a pair among three": dict(held_out=("red circle left of blue square",), relations=SIDE, counts={3: 1.}, **FEW),
+    "a pair among counted things": dict(held_out=("red circle left of blue square",), relations=SIDE, counts={3: 1.}, counted=.5, **FEW),
+    "emoji": dict(held_out=("large dog", "dog on top of car"), relations=RELATIONS, emoji=("dog", "car", "tree"), counts={1: .2, 2: .6, 3: .2}, attributes_per_object=3),
+    "clutter": dict(held_out=("star", "circle bigger than a square"), counts={1: .5, 2: .5}, clutter=3, relations=()),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_training_never_shows_what_is_held_out_and_the_test_split_always_does(name):
+    world = World(**HELD_OUT[name])
+    banned, number = [parse(entry) for entry in world.held_out], 200 if max(world.counts) < 3 and not world.clutter else 40
+    whole = [dataclasses.replace(scene, items=scene.items + scene.clutter) for scene in sample_scenes(world, 0, range(number))]
+    assert not [scene for scene in whole if any(holds(scene, told) for told in banned)]
+    test = dataclasses.replace(world, split="test")
+    drawn = sample_scenes(test, 0, range(number))
+    assert not [scene for scene in drawn if not any(holds(scene, told) for told in banned)]
+    assert all(any(holds(scene, told) for scene in drawn) for told in banned)
+    for split in (world, test):
+        assert sample_scenes(split, 0, [7, 3]) == [sample_scene(split, 0, index) for index in (7, 3)]
+        for scene in sample_scenes(split, 1, range(number//4)):
+            assert all(relation_holds(scene.items[link.subject], scene.items[link.object], link.name) for link in scene.relations)
+
+
+def test_a_narrowed_world_keeps_what_it_can_show():
+    world = World(emoji=("dog", "car"), held_out=("red circle", "large dog", "dog left of car", ("dog", "above", "star")), split="test")
+    assert narrowed(world, shapes=()).held_out == ("large dog", "dog left of car")
+    assert narrowed(world, counts={1: 1}).held_out == ("red circle", "large dog") and narrowed(world, counts={1: 1}).split == "test"
+    assert narrowed(world, emoji=()).held_out == ("red circle",) and narrowed(world) == world
+    assert narrowed(TINY, image_size=64) == dataclasses.replace(TINY, image_size=64)
+
+
+def test_things_told_by_name_alone_are_told_apart():
+    world = World(attributes_per_object=0, counts={3: .7, 4: .3}, relations=RELATIONS)
+    drawn = sample_scenes(world, 0, range(60))
+    for scene, text in zip(drawn, captions(drawn, world, 0, range(60))): assert parse(text) == facts(scene, ()) == parse(caption_of(facts(scene, ()))), text
 
 
 def test_held_out_style_and_plain_test_split():
@@ -147,7 +191,7 @@ def test_held_out_style_and_plain_test_split():
 
 
 @pytest.mark.parametrize("dial", [dict(shapes=("blob",)), dict(colors=("mauve",)), dict(counts={7: 1}), dict(counts={}), dict(split="dev"), dict(shapes=(), emoji=()),
-                                  dict(held_out_style="oil"), dict(image_size=4), dict(relations=("near",)), dict(background=("plaid",))])
+                                  dict(held_out_style="oil"), dict(held_out_style="flat"), dict(styles=("inked",), held_out_style="inked"), dict(image_size=4), dict(relations=("near",)), dict(background=("plaid",))])
 def test_impossible_dials(dial):
     with pytest.raises(UserError):
         World(**dial)
@@ -366,3 +410,20 @@ def test_the_benchmark_counts_scenes(monkeypatch):
     monkeypatch.setattr(scenes, "scene_rate", lambda case, *rest: {"atlas": 100.0, "pillow": 10.0, "training batch": 50.0}[case])
     rows = scenes.bench_scenes()
     assert all(set(row) == {"case", "metric", "value", "unit", "ratio_to"} for row in rows) and rows[1]["ratio_to"] == {"pillow": 10.0}
+
+
+def _digest(world, number):
+    "Sixteen digits over scenes and captions, coordinates to nine places."
+    drawn, digest = sample_scenes(world, 0, range(number)), hashlib.sha256()
+    for scene, text in zip(drawn, captions(drawn, world, 0, range(number))):
+        things = [[value if isinstance(value, (str, type(None))) else round(value, 9) + 0. for value in dataclasses.astuple(item)] for item in scene.items + scene.clutter]
+        digest.update(json.dumps([things, [dataclasses.astuple(link) for link in scene.relations], scene.background, scene.style, text]).encode())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("dials, number, expected", [({}, 600, "322279c4551d7db0"), ({"counts": {3: 1.}}, 60, "04ba27b7ab2e862a"),
+                                                     ({"relations": RELATIONS, "emoji": ("dog", "car"), "counts": {2: 1.}, "clutter": 2}, 60, "265ed70b35bb2d7b")],
+                         ids=["default", "three", "clutter"])
+def test_worlds_that_hold_nothing_out_draw_what_they_always_drew(dials, number, expected):
+    "Checkpoints were trained on these very samples: whoever changes the digits changes what their cards say."
+    assert _digest(World(**dials), number) == _digest(World(**dials, split="test"), number) == expected

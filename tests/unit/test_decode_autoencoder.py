@@ -4,14 +4,14 @@ import json
 import pytest
 import torch
 
-from vugen.data.scenes import World
+from vugen.data.scenes import World, batch, holds, parse, sample_scenes
 from vugen.decode.autoencoder import PixelAutoencoder, encoder_link, psnr
 from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
 from vugen.encode.reducers import MLPReducer, PCAReducer
 from vugen.errors import UserError
 from vugen.models.vit import VisionTransformer
 from vugen.train.decoder import (
-    HELD_OUT, DecoderPCAStage, DecoderStage, DecoderTraining, Pictures, add_latent_noise, batch_whiten, draw_kinds, photograph_crop,
+    HELD_OUT, DecoderPCAStage, DecoderStage, DecoderTraining, Pictures, add_latent_noise, batch_whiten, draw_kinds, emoji_world, parser_rows, photograph_crop,
 )
 from vugen.train.presets import Preset, Recipe, StagePreset, load_preset, override
 
@@ -178,6 +178,32 @@ def test_a_stage_writes_what_loads_and_measures_held_out_pictures(stage_class, t
     again = PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder)
     assert abs(again.encode(stage.batch(range(64))["images"]).std() - 1) < 0.2
     assert {row["metric"] for row in rows} >= {"psnr, 8 steps", "psnr, 1 step"} and all(row["low"] <= row["value"] <= row["high"] for row in rows)
+
+
+def test_emoji_keep_what_is_held_out_of_them():
+    world = emoji_world(World(held_out=("red circle", "large dog", "dog left of circle")))
+    assert world.held_out == ("large dog",) and not world.shapes
+    assert not any(holds(scene, parse("large dog")) for scene in sample_scenes(world, 0, range(4000)))
+    assert sum(item.name == "dog" for scene in sample_scenes(world, 0, range(4000)) for item in scene.items) > 3
+    assert emoji_world(World()) == World(shapes=(), emoji=("all",), emoji_share=1.0)
+
+
+def test_a_decoder_is_measured_on_what_is_held_out(tmp_path, monkeypatch):
+    from vugen.evaluate import scene_parser
+    world = World(**{**WORLD, "emoji": ("dog", "cat"), "held_out": ("red circle", "large dog")})
+    part = StagePreset(dict(base_channels=8, num_layers=1), Recipe(steps=1, batch_size=4), dict(mixture={"scenes": .5, "emoji": .5}, evaluation=6))
+    stage = DecoderStage(Preset("test", world.asdict(), {"decoder": part}), tmp_path, encoder=vision())
+    test = World.from_dict({**world.asdict(), "split": "test"})
+    pictures = stage.held_out()
+    assert torch.equal(pictures["scenes"], batch(test, stage.seed + HELD_OUT, range(6))["images"])
+    assert torch.equal(pictures["emoji"], batch(emoji_world(test), stage.seed + HELD_OUT, range(2))["images"])
+    assert all(holds(scene, parse("large dog")) for scene in sample_scenes(emoji_world(test), 0, range(5)))
+    asked = []
+    (tmp_path / "parser").mkdir(), (tmp_path / "parser" / "config.json").write_text("{}")
+    monkeypatch.setattr(scene_parser.SceneParser, "from_pretrained", lambda folder: None)
+    monkeypatch.setattr(scene_parser, "parser_accuracy", lambda parser, world, *rest, **columns: asked.append(world) or [])
+    parser_rows(PixelAutoencoder(vision(), MLPReducer(32, 8), PixelDiffusionDecoder(base_channels=8, num_layers=1)), tmp_path, world, 0, 4)
+    assert asked == [test, test]
 
 
 def test_smoke_preset_trains_by_the_public_command(tmp_path, capsys):

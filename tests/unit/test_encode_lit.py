@@ -111,6 +111,15 @@ def test_naming_rows_of_a_scorer_that_never_looks():
     assert row["low"] < 0.25 < row["high"] and row["chance"] == 0.25 and stage_module.article("owl") == "an owl"
 
 
+def test_names_are_asked_in_worlds_that_hold_out_shapes():
+    "Compositions of things that single emoji cannot show are left out of that question, not refused."
+    class Constant:
+        def score(self, images, captions): return torch.arange(len(captions)).float().expand(len(images), -1)
+    world = World(image_size=64, emoji=("dog", "car"), held_out=("red circle", "dog left of car"))
+    assert stage_module.naming_rows(Constant(), world, ("dog", "car"), 3, 10, "constant")[0]["n"] == 10
+    assert stage_module.shapes_for(world, "swap-attribute").held_out == ("red circle",)
+
+
 def test_training_is_a_pure_function_of_its_seed():
     "Two builds give the same cache and the same weights."
     from vugen.train.presets import Preset, Recipe, StagePreset

@@ -4,10 +4,12 @@ import dataclasses
 import pytest
 import torch
 
-from vugen.data.scenes import World, batch as scene_batch, caption_of, facts, parse
+from vugen.data.scenes import World, batch as scene_batch, caption_of, facts, holds, parse
 from vugen.encode.contrastive import ContrastiveModel
+from vugen.models.seams import Patches
 from vugen.models.text import scene_tokenizer, scene_words
-from vugen.train.contrastive import FOILS, HELD_OUT, ContrastiveStage, _probe, binding_rows, contrastive_batch, false_caption, probe_rows, retrieval_rows
+from vugen.train import contrastive as stage_module
+from vugen.train.contrastive import FOILS, HELD_OUT, ContrastiveStage, binding_rows, contrastive_batch, false_caption, probe_rows, retrieval_rows
 from vugen.train.presets import load_preset
 
 WORLD = World(**load_preset("tiny").world)
@@ -71,10 +73,36 @@ def test_untrained_retrieval_and_binding_are_at_chance():
     for row in binding_rows(model, WORLD, HELD_OUT, 100): assert row["low"] < .6 and row["high"] > .4
 
 
-def test_probe_cannot_read_noise():
-    torch.manual_seed(0)
-    features, labels = torch.randn(600, 10), torch.randint(4, (600,))
-    assert (_probe(features[:500], labels[:500], features[500:]) == labels[500:]).float().mean() < .45
+class Pooled(torch.nn.Module):
+    "An encoder whose pooled vector is a function of the pictures"
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.weight = read, torch.nn.Parameter(torch.zeros(1))
+    def forward(self, images): return Patches(images.new_zeros(len(images), 1, 1), (1, 1), self.read(images))
+
+
+def test_probes_read_what_is_there_and_no_noise():
+    draw = torch.Generator().manual_seed(0)
+    noise = probe_rows(Pooled(lambda images: torch.randn(len(images), 10, generator=draw)), WORLD, HELD_OUT, 400)
+    assert all(abs(row["value"] - row["chance"]) < .08 for row in noise)
+    color, shape = probe_rows(Pooled(lambda images: images.mean((2, 3))), WORLD, HELD_OUT, 200)
+    assert color["value"] > .9 and shape["value"] < .6
+
+
+@pytest.mark.parametrize("held", [("red circle", "star left of heart"), ("star left of heart",)])
+def test_what_is_held_out_is_measured_and_fits_no_probe(held, tmp_path, monkeypatch):
+    preset, drawn = load_preset("smoke"), []
+    monkeypatch.setattr(stage_module, "scene_batch", lambda world, *rest: drawn.append((world, scene_batch(world, *rest))) or drawn[-1][1])
+    stage = ContrastiveStage(dataclasses.replace(preset, world={**preset.world, "held_out": held}), tmp_path)
+    stage.finish(stage.build().eval(), tmp_path)
+    counts = {"train": 0, "test": 0}
+    for world, data in drawn:
+        counts[world.split] += 1
+        alone = world.counts == {1: 1.} and "red circle" not in held  # a pair cannot be held out of single things
+        shown = [any(holds(scene, parse(told)) for told in held) for scene in data["scenes"]]
+        assert len({len(scene.items) for scene in data["scenes"]}) == 1 or len(world.counts) > 1
+        assert all(shown) if world.split == "test" and not alone else not any(shown)
+    assert counts["train"] == 2 and counts["test"] >= 3  # probe; binding, retrieval and the probe's test
 
 
 def test_probe_rows_split_by_index():

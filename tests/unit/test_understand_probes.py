@@ -1,12 +1,14 @@
 "Probes against scikit-learn and planted features; questions against the scenes; controls."
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from vugen.data.scenes import CONVERSE, World, batch
+from vugen.data.scenes import CONVERSE, World, batch, holds, parse
 from vugen.errors import UserError
 from vugen.models.seams import Patches
-from vugen.understand.probes import (AttentionProbe, ProbeTask, above_chance, attention_probe, binding_tasks, chance_level, compare, extract, fit_logistic, hits, joint_loss, linear_probe,
+from vugen.understand.probes import (PROBE_SEED, AttentionProbe, ProbeTask, above_chance, attention_probe, binding_tasks, chance_level, compare, extract, fit_logistic, hits, joint_loss, linear_probe,
                                      load_encoder, plot_compare, probe_data, probe_encoder, probe_tasks, run_probe, scene_tasks, shuffled, standardise)
 
 
@@ -123,6 +125,17 @@ def test_parts_are_disjoint_and_repeatable():
     keys = [{image.numpy().tobytes() for image in part} for part in data.split(data.images)]
     assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2]
     assert torch.equal(data.images, probe_data(World(), 60, 40, seed=2).images) and not torch.equal(data.images, probe_data(World(), 60, 40, seed=3).images)
+
+
+def test_probes_learn_from_the_training_split_and_are_tested_on_the_other():
+    world = World(held_out=("red circle",))
+    data, parts = probe_data(world, 60, 40, seed=2), [dict(split="train"), dict(split="train"), dict(split="test")]
+    for part, images, dials in zip(data.parts, data.split(data.images), parts):
+        drawn = batch(dataclasses.replace(world, **dials), PROBE_SEED + 2, range(part.start, part.stop))
+        assert torch.equal(images, drawn["images"])
+        assert {holds(scene, parse("red circle")) for scene in drawn["scenes"]} == {dials["split"] == "test"}
+    plain = probe_data(World(), 60, 40, seed=2)
+    assert torch.equal(plain.images, batch(World(), PROBE_SEED + 2, range(115))["images"])
 
 
 def test_dealt_labels_keep_their_counts_and_the_test_set():

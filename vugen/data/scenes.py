@@ -8,8 +8,8 @@ __all__ = ['RELATIONS', 'SIZES', 'BACKGROUNDS', 'BIGGER', 'TOUCH', 'NEAR', 'CONV
            'relation_holds', 'Object', 'Facts', 'World', 'uniforms', 'layout_pairs', 'Drawer', 'drawer',
            'sample_scenes', 'sample_scene', 'holds', 'plural', 'named_attributes', 'facts', 'told', 'caption_of',
            'caption', 'words', 'parse', 'layout_from_facts', 'scene_from_caption', 'background_picture', 'render',
-           'is_simple', 'sample_arrays', 'render_arrays', 'to_float', 'captions', 'batch', 'show_scenes', 'shard',
-           'SceneStream', 'probe_targets', 'bench_world', 'scene_rate', 'bench_scenes']
+           'is_simple', 'sample_arrays', 'render_arrays', 'to_float', 'captions', 'batch', 'show_scenes', 'narrowed',
+           'shard', 'SceneStream', 'probe_targets', 'bench_world', 'scene_rate', 'bench_scenes']
 
 # %% ../../nbs/data/scenes.ipynb #5615ff9b
 import dataclasses, itertools, multiprocessing, re, time
@@ -229,6 +229,7 @@ def _check_world(world):
     if not world.counts or not set(world.counts) <= set(range(1, 7)): raise UserError(f"World.counts maps 1 to 6 items to probabilities; it is {world.counts}.")
     if world.split not in ("train", "test"): raise UserError(f"World.split is 'train' or 'test', not '{world.split}'.")
     if world.held_out_style not in (None, *STYLES): raise UserError(f"'{world.held_out_style}' is not one of the styles {', '.join(STYLES)}.")
+    if {world.held_out_style} == set(world.styles or ("flat",)): raise UserError(f"World.held_out_style '{world.held_out_style}' leaves no style to train on; add another to World.styles.")
     if not 8 <= world.image_size <= 1024: raise UserError(f"World.image_size is 8 to 1024 pixels, not {world.image_size}.")
 
 # %% ../../nbs/data/scenes.ipynb #55584ee2
@@ -367,9 +368,11 @@ def drawer(world:World)->Drawer:
     return Drawer(names, len(shapes), heights, boxes, tuple(_composition(entry, world, names) for entry in world.held_out))
 
 # %% ../../nbs/data/scenes.ipynb #6e2de263
+def _read_entry(entry): return parse(entry if isinstance(entry, str) else " ".join(entry))
+
 def _composition(entry, world, names):
     "A held-out entry as ((concept, colour, fill, size), ...) places, with -1 for what it leaves open, and a relation."
-    told = parse(entry if isinstance(entry, str) else " ".join(entry))
+    told = _read_entry(entry)
     if len(told.objects) > 2 or len(told.relations) != len(told.objects) - 1 or any(thing.count > 1 for thing in told.objects):
         raise UserError(f"World.held_out takes one object, or two with a relation between them; it has {entry!r}.")
     lists = (names, world.colors, world.fills, SIZES)
@@ -446,7 +449,7 @@ def _holds_out(table, composition):
     return hit | ((table["relation"] == converse) & _matches(table, 0, things[1]) & _matches(table, 1, things[0]))
 
 def _unfit(world, table):
-    "Rows [B] to draw again: twins, things that cannot be seen inside one another, held-out compositions in training."
+    "Rows [B] to draw again: twins, things that cannot be seen inside one another, held-out compositions in training, rows that lost theirs in the test split."
     tables = drawer(world)
     concept, color, two = table["concept"], table["color"], table["number"] == 2
     twins = two & (concept[:, 0] == concept[:, 1]) & (color[:, 0] == color[:, 1]) & (len(tables.names)*max(len(world.colors), 1) > 1)
@@ -455,9 +458,9 @@ def _unfit(world, table):
         room = tables.boxes[concept[:, outer], table["fill"][:, outer], 2]
         outlined = np.array([fill == "outlined" for fill in world.fills or ("solid",)])[table["fill"][:, outer]]
         twins |= nested & ((room < .3) | ((color[:, 0] == color[:, 1]) & (color[:, 0] >= 0) & ~outlined))
-    if world.split == "train":
-        for composition in tables.held_out: twins |= _holds_out(table, composition)
-    return twins
+    if not tables.held_out: return twins
+    found = np.any([_holds_out(table, composition) for composition in tables.held_out], 0)
+    return twins | (found if world.split == "train" else ~found)   # a relation may have changed the size that a composition names
 
 # %% ../../nbs/data/scenes.ipynb #12280ace
 ATTEMPTS = 400   # how often an unfit draw is repeated
@@ -465,12 +468,12 @@ ATTEMPTS = 400   # how often an unfit draw is repeated
 def _sample_pairs(world, seed, indices, number):
     "Content and places of scenes of one or two items; every row depends on its own index alone."
     table = _draw_pairs(world, seed, indices, number, 1)
-    again = np.where(_unfit(world, table))[0]
+    again = np.where(_unfit(world, table) | _shown(world, seed, indices, table))[0]
     for attempt in range(2, ATTEMPTS):
         if not len(again): break
         fresh = _draw_pairs(world, seed, indices[again], number[again], attempt)
         for key in table: table[key][again] = fresh[key]
-        again = again[_unfit(world, fresh)]
+        again = again[_unfit(world, fresh) | _shown(world, seed, indices[again], fresh)]
     if len(again): raise UserError("This world allows no scene: its relations, shapes, colours and held_out leave nothing to draw.")
     return _place_pairs(world, seed, indices, table)
 
@@ -481,6 +484,18 @@ def _place_pairs(world, seed, indices, table):
     alone = table["number"] == 1
     x[alone, 0], y[alone, 0], scale[alone, 0] = _lone(world, table["size"][alone, 0], draw[alone])
     return dict(table, x=x, y=y, scale=scale)
+
+def _shown(world, seed, indices, table):
+    "Rows [B] of a training split that would show a held-out pair once placed, whatever relation is stated."
+    shown = np.zeros(len(indices), bool)
+    pairs = [pair for pair in drawer(world).held_out if pair[1] >= 0] if world.split == "train" else []
+    for (things, relation), sides in itertools.product(pairs, ((0, 1), (1, 0))):
+        rows = np.where(_matches(table, sides[0], things[0]) & _matches(table, sides[1], things[1]))[0]
+        if not len(rows): continue
+        placed = _place_pairs(world, seed, indices[rows], {key: values[rows] for key, values in table.items()})
+        plain = np.zeros(len(rows), int)
+        shown[rows] |= [relation_holds(*(scene.items[side] for side in sides), RELATIONS[relation]) for scene in _scenes_of(world, placed, plain, plain)]
+    return shown
 
 # %% ../../nbs/data/scenes.ipynb #73222553
 def _settings(world, seed, indices):
@@ -639,31 +654,39 @@ def _force_items(world, items, links, told, counted):
         shape, old = thing.name in SHAPES, items[place]
         color = (thing.color or old.color or world.colors[0]) if shape else None
         items[place] = Item(thing.name, "shape" if shape else "emoji", color, thing.fill or old.fill if shape else "solid", thing.size or old.size, 0., 0., 0.)
-    if not told.relations or len(items) < 2: return tuple(items), links
-    rest = [] if counted else [link for link in links if {link.subject, link.object} != {0, 1}]
-    return tuple(items), (told.relations[0], *rest)
+    if told.relations and len(items) > 1: links = (told.relations[0], *([] if counted else [link for link in links if {link.subject, link.object} != {0, 1}]))
+    return _suit_sizes(items, links), links
+
+def _twins(world, items):
+    "Whether two items would be described alike, so that a caption could not say which one a relation means."
+    return len({(item.name, item.color if world.attributes_per_object else None) for item in items}) < len(items)
 
 def _sample_many(world, seed, index, number, counted, style, background):
     "A scene of any number of items, by trial."
     generator = _generator(seed, index, 0)
-    banned = [parse(entry if isinstance(entry, str) else " ".join(entry)) for entry in world.held_out]
+    banned, test = [_read_entry(entry) for entry in world.held_out], world.split == "test"
     for _ in range(ATTEMPTS):
         items, links = _content(world, generator, number, counted)
-        if banned and world.split == "test": items, links = _force_items(world, items, links, banned[int(generator.integers(len(banned)))], counted)
-        elif any(_contains(items, links, told) for told in banned): continue
-        if _hidden(items, links) or (links and len({(item.name, item.color) for item in items}) < len(items)): continue
-        if placed := _place_many(world, items, links, generator): return Scene(placed, links, world.background[background], _styles(world)[style])
+        if banned and test: items, links = _force_items(world, items, links, banned[int(generator.integers(len(banned)))], counted)
+        if banned and test != any(_contains(items, links, told) for told in banned): continue
+        if _hidden(items, links) or (links and _twins(world, items)): continue
+        if not (placed := _place_many(world, items, links, generator)): continue
+        scene = Scene(placed, links, world.background[background], _styles(world)[style])
+        if test or not any(holds(scene, told) for told in banned): return scene
     raise UserError("This world allows no such crowded scene; ask for fewer items, fewer relations or fewer held-out compositions.")
 
 # %% ../../nbs/data/scenes.ipynb #fa29742a
 def _add_clutter(world, scene, seed, index):
     "Small gray shapes in the free space; as many as find room."
     generator, boxes, found = _generator(seed, index, 1), list(scene.items), []
+    banned = [_read_entry(entry) for entry in world.held_out] if world.split == "train" else []
     for _ in range(60*world.clutter):
         if len(found) == world.clutter: break
         scale = generator.uniform(.08, .13)
         item = Item(str(generator.choice(world.shapes or SHAPES)), "shape", "gray", "solid", "small", *generator.uniform(scale/2, 1 - scale/2, 2).tolist(), scale)
-        if all(_apart(item, other, .01) for other in boxes): found.append(item); boxes.append(item)
+        if not all(_apart(item, other, .01) for other in boxes): continue
+        if any(holds(dataclasses.replace(scene, items=(*boxes, item)), told) for told in banned): continue
+        found.append(item); boxes.append(item)
     return dataclasses.replace(scene, clutter=tuple(found))
 
 def sample_scenes(
@@ -1263,6 +1286,17 @@ def show_scenes(
         axis.set_title(fill(text, 30), fontsize=6, y=-.02, va="top")
     figure.tight_layout()
     return figure
+
+# %% ../../nbs/data/scenes.ipynb #d3ccbab5
+def narrowed(
+    world:World,
+    **dials         # to be set otherwise
+)->World:
+    "The world with other dials; held-out compositions of things that it no longer has, or of more than it has room for, are left out."
+    smaller = dataclasses.replace(world, held_out=(), **dials)
+    names, most = drawer(smaller).names, max(smaller.counts)
+    def stays(told): return len(told.objects) <= most and all(thing.name in names for thing in told.objects)
+    return dataclasses.replace(smaller, held_out=tuple(entry for entry in world.held_out if stays(_read_entry(entry))))
 
 # %% ../../nbs/data/scenes.ipynb #8c1f32b0
 def shard(

@@ -516,6 +516,7 @@ def other_prompts(prompts):  # one a picture
 # %% ../../nbs/lab/cli.ipynb #b3fafede
 def prompt_rows(folder, prompts, root, device):
     "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
+    from dataclasses import replace
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
     from vugen.understand.scorers import world_of
     parser = SceneParser.from_pretrained(root / "parser").to(device)
@@ -523,7 +524,7 @@ def prompt_rows(folder, prompts, root, device):
     asked = list(prompts.values())
     rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked)]
     if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others)]
-    return rows + parser_accuracy(parser, world_of(root), 1_000_003, range(500), images="rendered")
+    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered")
 
 # %% ../../nbs/lab/cli.ipynb #b3d9dfee
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

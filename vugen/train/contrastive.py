@@ -9,14 +9,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from ..data.scenes import World, batch as scene_batch, caption_of, facts, relation_holds, told
+from ..data.scenes import World, batch as scene_batch, caption_of, facts, narrowed, relation_holds, told
 from ..encode.contrastive import ContrastiveModel, caption_groups, same_group
 from ..evaluate.intervals import wilson
 from ..models.text import WordTokenizer, scene_tokenizer, scene_words
 from .loop import stage_main
 from .presets import Preset
+from ..understand.probes import ProbeTask, linear_probe
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'FOILS', 'contrastive_batch', 'false_caption', 'binding_rows', 'retrieval_rows', 'probe_rows',
@@ -84,7 +84,7 @@ def _row(category: str, metric: str, hits, chance: float | None) -> dict:
 
 def binding_rows(
     model, # a `Scorer` with `score_pairs`
-    world: World, # what scenes are like
+    world: World, # what scenes are like, of the test split
     seed: int, # of held-out scenes
     number: int = 1000, # pictures
 ) -> list[dict]: # one row a kind of foil
@@ -102,7 +102,7 @@ def binding_rows(
 @torch.no_grad()
 def retrieval_rows(
     model: ContrastiveModel, # the model
-    world: World, # what scenes are like
+    world: World, # what scenes are like, of the test split
     seed: int, # of held-out scenes
     number: int = 1000, # pictures, rounded down to whole batches
     batch_size: int = 192, # candidates
@@ -116,21 +116,6 @@ def retrieval_rows(
         for name, matrix in (("image to text", scores), ("text to image", scores.T)): hits[name] += same[torch.arange(size), matrix.argmax(1)].tolist()
     return [_row(f"retrieval among {size}", name, found, 1 / size) for name, found in hits.items()]
 
-# %% ../../nbs/train/contrastive.ipynb #0bea37a3
-def _probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, decay: float = 1e-4) -> torch.Tensor:
-    "Predicted classes of `test` [n, D] by a logistic regression fitted on `train` [m, D]"
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    weight = torch.zeros(train.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
-    with_one = lambda x: torch.cat([(x - mean) / std, torch.ones(len(x), 1)], 1)
-    optimizer, features = torch.optim.LBFGS([weight], max_iter=200, line_search_fn="strong_wolfe"), with_one(train)
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(features @ weight, labels) + decay * weight.square().sum()
-        loss.backward()
-        return loss
-    with torch.enable_grad(): optimizer.step(closure)
-    return (with_one(test) @ weight.detach()).argmax(1)
-
 # %% ../../nbs/train/contrastive.ipynb #12f0e0d0
 @torch.no_grad()
 def _pooled(encoder, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
@@ -141,20 +126,20 @@ def probe_rows(
     encoder, # a `VisionEncoder`
     world: World, # what scenes are like
     seed: int, # of held-out scenes
-    number: int = 1000, # test pictures; twice as many to fit the probe
+    number: int = 1000, # test pictures; twice as many to fit the probe, a fifth of them to choose its penalty
 ) -> list[dict]:
     "Accuracy of linear probes for colour and shape of single objects"
-    data = scene_batch(dataclasses.replace(world, counts={1: 1.0}), seed + 1, range(3 * number))
-    features, rows = _pooled(encoder, data["images"]), []
-    for field, values in {"color": world.colors, "name": (*world.shapes, *world.emoji)}.items():
-        found = [getattr(scene.items[0], field) for scene in data["scenes"]]
-        keep = torch.tensor([i for i, value in enumerate(found) if value in values])
-        labels = torch.tensor([values.index(found[i]) for i in keep])
-        fit = int((keep < 2 * number).sum())
-        predicted = _probe(features[keep[:fit]], labels[:fit], features[keep[fit:]])
-        metric = {"color": "linear probe, color", "name": "linear probe, shape"}[field]
-        rows.append(_row("single objects", metric, (predicted == labels[fit:]).tolist(), 1 / len(values)))
-    return rows
+    singles, ends = narrowed(world, counts={1: 1.0}), (0, number * 8 // 5, 2 * number, 3 * number)
+    parts = [scene_batch(dataclasses.replace(singles, split=split), seed + 1, range(start, stop)) for split, start, stop in zip(("train", "train", "test"), ends, ends[1:])]
+    asked = {"linear probe, color": ("color", world.colors), "linear probe, shape": ("name", (*world.shapes, *world.emoji))}
+    tasks = [[_question(part["scenes"], name, *question) for name, question in asked.items()] for part in parts]
+    right = linear_probe([_pooled(encoder, part["images"]) for part in parts], tasks)
+    return [_row("single objects", task.name, found.tolist(), 1 / len(task.classes)) for task, found in zip(tasks[0], right)]
+
+def _question(scenes, name: str, field: str, values) -> ProbeTask:
+    "What `field` of each scene's first item is, among `values`"
+    found = [getattr(scene.items[0], field) for scene in scenes]
+    return ProbeTask(name, tuple(values), torch.tensor([values.index(value) if value in values else -1 for value in found]))
 
 # %% ../../nbs/train/contrastive.ipynb #80585aef
 class ContrastiveStage:
@@ -181,9 +166,9 @@ class ContrastiveStage:
 
     def finish(self, module: ContrastiveModel, out: Path) -> list[dict]:
         module.save_pretrained(out)
-        seed, number = self.seed + HELD_OUT, self.part.options.get("evaluation", 1000)
-        retrieval = retrieval_rows(module, self.world, seed, number, self.part.recipe.batch_size)
-        return [*probe_rows(module.vision, self.world, seed, number), *binding_rows(module, self.world, seed, number), *retrieval]
+        seed, number, world = self.seed + HELD_OUT, self.part.options.get("evaluation", 1000), dataclasses.replace(self.world, split="test")
+        retrieval = retrieval_rows(module, world, seed, number, self.part.recipe.batch_size)
+        return [*probe_rows(module.vision, world, seed, number), *binding_rows(module, world, seed, number), *retrieval]
 
 # %% ../../nbs/train/contrastive.ipynb #11189169
 def main(): stage_main(ContrastiveStage)

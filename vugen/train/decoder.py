@@ -19,7 +19,7 @@ from torch import nn
 from ..data.corpora import HELD_OUT_PHOTOGRAPHS, TRAINING_PHOTOGRAPHS, Pairs
 from ..data.images import sample_photographs
 from ..data.images import to_tensor as picture_tensor
-from ..data.scenes import World
+from ..data.scenes import World, narrowed
 from ..data.scenes import batch as scene_batch
 from ..decode.autoencoder import PixelAutoencoder, encoder_link, psnr
 from ..decode.perceptual import FeatureAlignment, alignment_encoder, build_perceptual, tokens_to_grid
@@ -53,8 +53,8 @@ def scene_images(world: World, seed: int, indices) -> torch.Tensor:
     return scene_batch(world, seed, list(indices))["images"]
 
 def emoji_world(world: World) -> World:
-    "The same world with emoji in place of shapes."
-    return dataclasses.replace(world, shapes=(), emoji=("all",), emoji_share=1.0, held_out=())
+    "The same world with emoji in place of shapes; what is held out of emoji stays held out."
+    return narrowed(world, shapes=(), emoji=("all",), emoji_share=1.0)
 
 # %% ../../nbs/train/decoder.ipynb #1e857408
 @functools.lru_cache(maxsize=8)
@@ -218,6 +218,7 @@ def parser_rows(autoencoder: PixelAutoencoder, root: Path, world: World, seed: i
     if not (Path(root) / "parser" / "config.json").is_file(): return []
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy
     parser = SceneParser.from_pretrained(Path(root) / "parser")
+    world = dataclasses.replace(world, split="test")
     kinds = {"scenes": None, "reconstructed scenes": autoencoder.reconstruct}
     rows = [row for name, spoil in kinds.items() for row in parser_accuracy(parser, world, seed, range(number), spoil, images=name)]
     return [{**row, "metric": f"parser, {row['metric']}"} for row in rows]
@@ -294,7 +295,7 @@ class DecoderStage:
         "Pictures that no stage was trained on, by kind; a third as many emoji and photographs as scenes."
         number, seed = self.options.get("evaluation", 500), self.seed + HELD_OUT
         if self.corpus is not None: return self.pictures.held_out(number)
-        others = Pictures(self.world, {**self.pictures.mixture}, HELD_OUT_PHOTOGRAPHS)
+        others = Pictures(dataclasses.replace(self.world, split="test"), {**self.pictures.mixture}, HELD_OUT_PHOTOGRAPHS)
         return {kind: others.of_kind(kind, seed, range(number if kind == "scenes" else -(-number // 3))) for kind in self.pictures.mixture}
 
     def evaluate(self, autoencoder) -> list:

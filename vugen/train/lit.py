@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..data.foils import foil_batch
-from ..data.scenes import World, batch as scene_batch, told
+from ..data.scenes import World, batch as scene_batch, narrowed, told
 from ..data.sprites import EMOJI
 from ..encode.contrastive import caption_groups
 from ..encode.lit import LiTPair
@@ -117,7 +117,7 @@ def naming_rows(
     category: str,  # how the row is called
 ) -> list[dict]:  # top-1, and top-5 where there are more than five names
     "Share of single-emoji pictures whose own name scores best (or among the best five) of all candidates."
-    alone = dataclasses.replace(world, emoji=tuple(names), shapes=(), counts={1: 1.0})
+    alone = narrowed(world, emoji=tuple(names), shapes=(), counts={1: 1.0})
     data = scene_batch(alone, seed, range(number))
     truth = torch.tensor([names.index(scene.items[0].name) for scene in data["scenes"]])
     best = model.score(data["images"], [article(name) for name in names]).cpu().topk(min(5, len(names))).indices
@@ -172,7 +172,7 @@ def foil_rows(
 
 def shapes_for(world, kind):
     "Emoji have no colour to replace or swap: such foils are drawn with shapes alone."
-    return dataclasses.replace(world, emoji=()) if kind.endswith("attribute") else world
+    return narrowed(world, emoji=()) if kind.endswith("attribute") else world
 
 # %% ../../nbs/train/lit.ipynb #b8b041e9
 HELD_OUT = 1_000_003  # added to the seed for evaluation: another stream of scenes
@@ -209,10 +209,10 @@ class LiTStage:
 
     def finish(self, module, out):
         module.save_pretrained(out)
-        seed, number = self.seed + HELD_OUT, self.options.get("evaluation", 500)
+        seed, number, world = self.seed + HELD_OUT, self.options.get("evaluation", 500), dataclasses.replace(self.world, split="test")
         named = naming_rows(module, self.world, self.names, seed, number, "emoji of training, new layouts")
         if self.unseen: named += naming_rows(module, self.world, self.unseen, seed, number, "emoji never seen or named in training")
-        return [*named, *retrieval_rows(module, self.world, seed, number), *foil_rows(module, self.world, seed, number)]
+        return [*named, *retrieval_rows(module, world, seed, number), *foil_rows(module, world, seed, number)]
 
 # %% ../../nbs/train/lit.ipynb #a7a65148
 def main(): stage_main(LiTStage)

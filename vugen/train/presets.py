@@ -162,7 +162,7 @@ def override(preset,  # Preset
 # %% ../../nbs/train/presets.ipynb #1ec38236
 def data_fingerprint(preset,  # Preset
                      stage):  # name of a stage
-    "16 hex digits over the world, the corpus if there is one, and the stage's options: equal digits, equal data."
+    "16 hex digits over the dials of the world, the corpus if there is one, and the stage's options, not over pixels: equal digits mean equal dials, and the same data where the code that draws is the same too."
     options = {key: value for key, value in preset.stage(stage).options.items() if key != "latent_cache"}  # where latents are kept changes no result
     corpus = {key: value for key, value in (preset.corpus or {}).items() if key != "path"}  # the loop's record holds the corpus' own fingerprint
     text = json.dumps([preset.world, options, *([corpus] if corpus else [])], sort_keys=True, default=list)

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -229,14 +229,15 @@ def run_bind(
     items: str | Path | None = None,  # .json or .parquet file for the scores of every item
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
 ) -> dict:  # {"run": …, "rows": […]}
-    "Trained scorers on a binding suite: long-form rows with 95% intervals"
+    "Trained scorers on a binding suite of the world's test split: long-form rows with 95% intervals"
     if suite not in SUITES: raise UserError(f"there is no suite {suite!r}: choose among {', '.join(SUITES)}.")
     if limit < 1: raise UserError(f"limit is {limit}: give at least 1 item of each kind.")
     parts = Parts(root)
     loaded = load_scorers(parts, scorers)
-    made = scene_suite(parts.world, n=limit, seed=seed)
+    world = replace(parts.world, split="test")
+    made = scene_suite(world, n=limit, seed=seed)
     results = [run_suite(scorer, made, progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None) for name, scorer in loaded.items()]
     if items: save_records([record for result in results for record in result.records()], items)
     left_out = [name for name in scorer_names("all") if name not in loaded] if scorers == "all" else []
-    run = run_record(parts.root, command="bind", suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, seed=seed, world=parts.world.asdict())
+    run = run_record(parts.root, command="bind", suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, seed=seed, world=world.asdict())
     return {"run": run, "rows": [row for result in results for row in result.rows()]}

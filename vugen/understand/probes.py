@@ -263,12 +263,14 @@ def probe_data(
     n_test: int = 1000,  # scenes to test on
     seed: int = 0,
 ) -> ProbeData:
-    "Held-out scenes and every question about them"
+    "Scenes of the training split to fit and to choose on, scenes of the test split to test on, and every question about them"
     n_validation = max(n_train // 4, 1)
-    samples = batch(world, PROBE_SEED + seed, range(n_train + n_validation + n_test))
+    ends = (0, n_train + n_validation, n_train + n_validation + n_test)
+    drawn = [batch(replace(world, split=split), PROBE_SEED + seed, range(start, stop)) for split, start, stop in zip(("train", "test"), ends, ends[1:])]
+    images, scenes = torch.cat([part["images"] for part in drawn]), [scene for part in drawn for scene in part["scenes"]]
     parts = slice(0, n_train), slice(n_train, n_train + n_validation), slice(n_train + n_validation, n_train + n_validation + n_test)
-    tasks = [task for task in probe_tasks(world, samples["scenes"]) if all((task.labels[part] >= 0).any() for part in parts)]
-    return ProbeData(samples["images"], tasks, parts)
+    tasks = [task for task in probe_tasks(world, scenes) if all((task.labels[part] >= 0).any() for part in parts)]
+    return ProbeData(images, tasks, parts)
 
 # %% ../../nbs/understand/probes.ipynb #1dbe3664
 def shuffled(
