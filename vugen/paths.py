@@ -45,7 +45,9 @@ def _remove(path: Path) -> None:
 
 # %% ../nbs/paths.ipynb #2f89ead7
 def _put_in_place(temporary: Path, path: Path) -> None:
-    "Give `temporary` its final name; a folder that stands there is moved aside first and put back if that fails."
+    "Give `temporary` its final name; a folder that stands there is moved aside for a folder (put back if that fails), and never for a file."
+    if path.is_dir() and not temporary.is_dir(): raise UserError(f"{path} is a folder: name a file.")
+    if temporary.is_dir() and path.exists() and not path.is_dir(): raise UserError(f"{path} is a file: name a folder.")
     if not path.is_dir():
         os.replace(temporary, path)
         return
@@ -55,7 +57,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     except BaseException:
         os.replace(aside, path)
         raise
-    shutil.rmtree(aside)
+    _remove(aside)
 
 # %% ../nbs/paths.ipynb #1555776c
 @contextmanager
@@ -64,6 +66,7 @@ def atomic_path(
 ):
     "Yield a temporary path beside `path`; renamed to `path` at the end, deleted if anything was raised."
     path = Path(path)
+    if not path.name: raise UserError(f"{str(path)!r} is no name of a file or folder that could be written: name one.")
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent} cannot be made ({error.strerror}): name a folder that can be written.") from error

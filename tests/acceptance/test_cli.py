@@ -217,6 +217,8 @@ def bad(tmp_path_factory, picture, smoke):
     (folder / "foreign/generator/config.json").write_text(json.dumps({**config, "class": "BertModel"}))
     (folder / "garbled/generator/config.json").write_text("{")
     (folder / "nothing").mkdir()
+    (folder / "results").mkdir()
+    (folder / "results/old.json").write_text("[]")
     return folder
 
 
@@ -268,6 +270,11 @@ MISTAKES = {
     "empty root, reconstruct": ("reconstruct {picture} --out {out} --root {bad}/nothing", "nothing"),
     "empty root, classify": ("classify {picture} --captions a_red_circle a_blue_star --root {bad}/nothing", "nothing"),
     "out is a file": ("generate a_red_circle --steps 1 --out {picture} --root {smoke}", "scene.png"),
+    "json is a folder": ("describe smoke --json {bad}/results", "results is a folder"),
+    "json is the folder itself": ("describe smoke --json .", "is a folder"),
+    "json is the root of all": ("describe smoke --json /", "is a folder"),
+    "json below a file": ("describe smoke --json {picture}/rows.json", "scene.png is a file"),
+    "out below a file": ("generate a_red_circle --out {picture}/deep/out --root {smoke}", "scene.png is a file"),
     "no such device": ("generate a_red_circle --device toaster --out {out} --root {smoke}", "toaster"),
     "no such suite": ("bind --suite soup --root {smoke}", "soup"),
     "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),
@@ -300,6 +307,17 @@ def test_a_mistake_is_one_sentence(mistake, bad, smoke, picture, tmp_path, capsy
     assert any(name in printed.err for name in named.split("|")), printed.err
     assert len(printed.err) < 600 and printed.err.strip().endswith((".", "?"))
     assert not out.exists() and not list(tmp_path.iterdir()) and picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", ["describe tiny", "bind --root none", "probe --root none", "bench decoder --root none", "evaluate none", "classify none.png --captions one two --root none"])
+def test_json_never_takes_the_place_of_a_folder_and_is_refused_before_anything_is_read(line, bad, tmp_path, capsys):
+    assert call(*line.split(), "--json", bad / "results") == 2 and "results is a folder: name a file" in capsys.readouterr().err
+    assert (bad / "results/old.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("line", ["generate circle", "reconstruct none.png"])
+def test_out_is_refused_before_anything_is_read(line, picture, capsys):
+    assert call(*line.split(), "--root", "none", "--out", picture) == 2 and "scene.png is a file: name a folder" in capsys.readouterr().err
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path):

@@ -434,8 +434,8 @@ class Bench:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        from vugen.lab.cli import Counter, pick_device, run_record, show_rows, write_json
-        check_bench(self)
+        from vugen.lab.cli import Counter, check_target, pick_device, run_record, show_rows, write_json
+        check_bench(self); check_target(self.json)
         device = "cpu" if self.name == "scenes" else pick_device(self.device)
         run = run_record(command, device=device, **({"weights": self.weights, "threads": self.threads} if self.name != "scenes" else {}))
         save = lambda rows: write_json(self.json, {"device": run["hardware"], "run": run, "rows": rows})

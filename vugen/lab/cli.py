@@ -22,9 +22,9 @@ from ..paths import atomic_path, checkpoints_dir
 
 # %% auto #0
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS',
-           'checkpoint_fingerprints', 'run_record', 'write_json', 'delivery', 'root_of', 'pick_device', 'show_rows',
-           'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate',
-           'check_generate', 'generator_in', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
+           'checkpoint_fingerprints', 'run_record', 'write_json', 'check_target', 'delivery', 'root_of', 'pick_device',
+           'show_rows', 'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train',
+           'Generate', 'check_generate', 'generator_in', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
            'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
            'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers',
            'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
@@ -60,6 +60,18 @@ def write_json(target, content):  # target: a file, or "-" for standard output
 
 def _plain(value):  # numbers of numpy and torch, paths
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+# %% ../../nbs/lab/cli.ipynb #9b8507cb
+def check_target(path, kind="file"):  # what --json said, or with "folder" what --out said
+    "Refuse at once what could not be written at the end."
+    if path is None or str(path) == "-": return
+    path = Path(path).expanduser()
+    try:
+        if path.exists() and path.is_dir() != (kind == "folder"): raise UserError(f"{path} is a {'file' if kind == 'folder' else 'folder'}: name a {kind}.")
+        above = next(each for each in path.absolute().parents if each.exists())
+        if not above.is_dir(): raise UserError(f"{above} is a file: name a {kind} that does not lie below it.")
+    except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror}): name another {kind}.") from error
+    if not all(os.access(each, os.W_OK) for each in (above, path) if each.is_dir()): raise UserError(f"{path} cannot be written (no permission): name another {kind}.")
 
 # %% ../../nbs/lab/cli.ipynb #cfd33f52
 @contextlib.contextmanager
@@ -192,7 +204,7 @@ class Generate:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        check_generate(self)
+        check_generate(self); check_target(self.out, "folder")
         prompts, root, device = check_prompts(self.prompts), root_of(self.root), pick_device(self.device)
         from vugen.generate.text_to_image import TextToImage
         model, start = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device), time.perf_counter()
@@ -283,6 +295,7 @@ class Reconstruct:
 
     def __call__(self, command):
         check_number("--steps", self.steps, 1, MOST_STEPS); check_number("--seed", self.seed, 0, LARGEST_SEED); check_number("--size", self.size, 16, LARGEST_SIDE)
+        check_target(self.out, "folder"); check_target(self.json)
         if self.compare: return compare_verb(self, command)
         root, device, pictures = root_of(self.root), pick_device(self.device), read_pictures(self.images)
         from vugen.decode.autoencoder import PixelAutoencoder
@@ -346,7 +359,7 @@ class Classify:
 
     def __call__(self, command):
         if len(self.captions) < 2: raise UserError('There is nothing to choose from: give at least two captions, as --captions "a red circle" "a blue circle".')
-        check_number("--seed", self.seed, 0, LARGEST_SEED)
+        check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
         captions, root, device, picture = check_captions(self.captions), root_of(self.root), pick_device(self.device), read_pictures([self.image])[0]
         from vugen.data.images import to_tensor
         scorers = place_scorers(root, self.scorer, device, self.seed)
@@ -422,7 +435,7 @@ class Bind:
     root: Optional[Path] = None  # folder of checkpoints
 
     def __call__(self, command):
-        check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED)
+        check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
         root = root_of(self.root)
         from vugen.understand.benchmarks import run_bind
         found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter())
@@ -462,7 +475,7 @@ class Probe:
     root: Optional[Path] = None  # folder of checkpoints
 
     def __call__(self, command):
-        check_number("--limit", self.limit, 40); check_number("--seed", self.seed, 0, LARGEST_SEED)
+        check_number("--limit", self.limit, 40); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
         root = root_of(self.root)
         from vugen.understand.probes import run_probe
         found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
@@ -485,6 +498,7 @@ class Evaluate:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
+        check_target(self.json)
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
         root, rows = root_of(self.root), []
@@ -567,6 +581,7 @@ class Describe:
 
     def __call__(self, command):
         from vugen.lab.describe import describe
+        check_target(self.json)
         found = describe(self.preset, self.batch, self.precision, self.sharding, self.gpus, self.ema)
         if self.json: write_json(self.json, found)
         if str(self.json) != "-": show_description(found)
