@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from vugen.errors import UserError
+from vugen.paths import checkpoints_dir, data_dir
 from vugen.train.loop import read_log, stage_parser, states, train_stage
 from vugen.train.presets import Preset, Recipe, StagePreset
 
@@ -135,14 +137,68 @@ def test_resume_with_another_recipe_is_refused_and_can_be_accepted(line, tmp_pat
     assert "Changed on the way" in (out / "README.md").read_text()
 
 
+def launcher(config):
+    "accelerate with a configuration file that comes with the package, on the CPU."
+    with socket.socket() as probe: probe.bind(("127.0.0.1", 0)); port = probe.getsockname()[1]
+    return ("-m", "accelerate.commands.launch", "--config_file", str(data_dir() / "accelerate" / f"{config}.yaml"), "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
+
+
+ON_CPU = {"ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def furthest(one, two):
+    "The largest difference of two checkpoints' weights."
+    one, two = ({path.relative_to(out).as_posix(): load_file(path) for path in sorted(out.rglob("*.safetensors"))} for out in (one, two))
+    assert one and {file: set(tensors) for file, tensors in one.items()} == {file: set(tensors) for file, tensors in two.items()}
+    return max((tensors[name].float() - two[file][name].float()).abs().max().item() for file, tensors in one.items() for name in tensors)
+
+
 def test_two_processes_train_the_same_model_as_one(line, monkeypatch, tmp_path):
     preset = write_preset(tmp_path)
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1")
-    double = start(preset, tmp_path / "two", "--steps", "40", launcher=launcher, LINE_PLAIN="1", ACCELERATE_USE_CPU="1", GLOO_SOCKET_IFNAME="lo")
+    double = start(preset, tmp_path / "two", "--steps", "40", launcher=launcher("ddp-one-node"), LINE_PLAIN="1", **ON_CPU)
     monkeypatch.setattr(line, "PLAIN", True)
     train(line, preset, tmp_path / "one", "--steps", "40")
     code, out, err = complete(double)
     assert code == 0, err
     assert json.loads((tmp_path / "two/run.json").read_text())["processes"] == 2
-    one, two = load_file(tmp_path / "one/model.safetensors"), load_file(tmp_path / "two/model.safetensors")
-    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+    assert furthest(tmp_path / "one", tmp_path / "two") < 1e-5
+    one, two = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)  # the log tells of all processes
+
+
+def stage_command(stage, out, *words, launcher=(), **environment):
+    command = [sys.executable, *launcher, "-m", f"vugen.train.{stage}", "--preset", "smoke", "--root", str(checkpoints_dir("tiny")), "--out", str(out), "--set", "recipe.precision=fp32", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+@pytest.mark.parametrize("stage,config,words", [
+    ("decoder", "ddp-one-node", ()),  # the whitening of a batch is that of all processes
+    ("generator", "ddp-one-node", ("--set", "recipe.gradient_accumulation=2")),
+    ("generator", "fsdp-one-node", ("--set", "recipe.gradient_accumulation=2", "--set", "recipe.gradient_checkpointing=true", "--set", "recipe.ema_device=cpu")),
+    ("vlm", "fsdp-one-node", ())])  # tied embeddings
+def test_two_processes_train_a_real_stage_as_one_does(stage, config, words, tmp_path):
+    alone = stage_command(stage, tmp_path / "one")
+    code, _, err = complete(alone)
+    assert code == 0, err
+    code, _, err = complete(stage_command(stage, tmp_path / "two", *words, launcher=launcher(config), **ON_CPU))
+    assert code == 0, err
+    record = json.loads((tmp_path / "two/run.json").read_text())
+    assert record["processes"] == 2 and record.get("sharding") == ("FSDP" if config.startswith("fsdp") else None)
+    assert furthest(tmp_path / "one", tmp_path / "two") < 1e-5
+
+
+def test_a_sharded_run_is_resumed_by_one_process(tmp_path):
+    words = ("--set", "recipe.ema_start=1")
+    code, _, err = complete(stage_command("generator", tmp_path / "one", *words))
+    assert code == 0, err
+    code, _, err = complete(stage_command("generator", tmp_path / "two", *words, "--stop-after", "2", launcher=launcher("fsdp-one-node"), **ON_CPU))
+    assert code == 0, err
+    state = states(tmp_path / ".state-two")[-1]
+    whole = load_file(states(tmp_path / ".state-one")[0] / "optimizer.safetensors")
+    shared = load_file(state / "optimizer.safetensors")
+    assert {name: value.shape for name, value in shared.items()} == {name: value.shape for name, value in whole.items()}  # whole tensors, whoever wrote them
+    code, _, err = complete(stage_command("generator", tmp_path / "two", *words, "--resume"))
+    assert code == 2 and "processes" in err and "--accept-changes" in err
+    code, _, err = complete(stage_command("generator", tmp_path / "two", *words, "--resume", "--accept-changes"))
+    assert code == 0, err
+    assert furthest(tmp_path / "one", tmp_path / "two") < 1e-5

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vugen.errors import UserError
-from vugen.train.loop import Ema, Progress, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.loop import Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 
@@ -233,3 +233,94 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("vugen.train.loop.save_file", full)
     with pytest.raises(UserError, match="No space left"): save_state(training)
     assert not states(tmp_path / "state") and not restore(training)
+
+
+def test_an_average_that_begins_late_costs_nothing_before_and_survives_a_resume(tmp_path):
+    results = {}
+    for name, halves in (("whole", [None]), ("halved", [3, None]), ("late", [8, None])):  # stopped before the average begins, and after
+        stage, recipe = make(ema_decay=0.5, ema_start=6, ema_device="cpu", checkpoint_every=100)
+        for number, stop in enumerate(halves): run(stage, recipe, tmp_path / name, resume=number > 0, stop_after=stop, show=False)
+        results[name] = (tmp_path / name / "model.safetensors").read_bytes()
+        begun = {path.name: (path / "ema.safetensors").exists() for path in states(tmp_path / f".state-{name}")}
+        assert all(there == (int(step[5:]) > 6) for step, there in begun.items()) and begun
+    assert results["whole"] == results["halved"] == results["late"]
+
+
+def test_a_late_average_equals_its_definition():
+    module, expected = nn.Linear(1, 1, bias=False), None
+    average = Ema(module, 0.9, "cpu", start=4)
+    for step in range(12):
+        module.weight.data.fill_(math.cos(step))
+        average.update(module)
+        done = step - 4
+        if done == 0: expected = math.cos(step)
+        if done > 0: decay = min(0.9, (1 + done) / (10 + done)); expected = decay * expected + (1 - decay) * math.cos(step)
+    assert average.average["weight"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_what_learns_is_averaged():
+    module = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1))
+    assert sorted(Ema(module, 0.9).average) == ["1.bias", "1.weight"] and not Ema(module, 0.9, start=1).average
+
+
+def smoke_stage(name):
+    from vugen.lab.cli import stage_class
+    from vugen.paths import checkpoints_dir
+    from vugen.train.presets import load_preset
+    return stage_class(name)(load_preset("smoke"), checkpoints_dir("tiny"))
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder-ldm", "vlm", "generator"])
+def test_gradient_checkpointing_gives_the_same_bits(name):
+    gradients = []
+    for recompute in (False, True):
+        stage = smoke_stage(name)
+        seed_everything(step_seed(0, "build"))
+        module = training_mode(stage.build())
+        with torch.no_grad():
+            for value in module.parameters():
+                if value.requires_grad and not value.any(): value.normal_(std=0.02, generator=torch.Generator().manual_seed(value.numel()))  # layers that begin at zero let no gradient through
+        blocks, called = repeated_blocks(module), set()
+        for block in blocks: block.register_forward_hook(lambda block, inputs, output: called.add(id(block)))
+        if recompute: recompute_blocks(module)
+        seed_everything(1)
+        loss, _ = stage.loss(module, stage.batch([0, 1, 2]), torch.Generator().manual_seed(2))
+        loss.backward()
+        assert called == {id(block) for block in blocks} and blocks  # every block runs through its own forward pass
+        gradients.append([loss.detach(), *(value.grad for value in module.parameters() if value.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) and all(torch.equal(one, other) for one, other in zip(*gradients))
+    assert sum(value.abs().sum() > 0 for value in gradients[0]) > len(gradients[0]) / 2
+
+
+def test_checkpointed_blocks_keep_less():
+    from torch.autograd.graph import saved_tensors_hooks
+    def kept(layers):
+        sizes = []
+        with saved_tensors_hooks(lambda value: [sizes.append(value.numel()), value][1], lambda value: value):
+            hidden = torch.randn(2, 64, 16, requires_grad=True)
+            for layer in layers[0]: hidden = layer(hidden)
+        return sum(sizes)
+    layers = nn.ModuleList([nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True) for _ in range(4))])
+    assert kept(recompute_blocks(layers)) * 5 < kept(nn.ModuleList([nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True) for _ in range(4))]))
+
+
+def test_batch_statistics_are_not_counted_twice():
+    blocks = nn.Sequential(nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2)))
+    with pytest.raises(UserError, match="gradient_checkpointing"): recompute_blocks(blocks)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 100))
+def test_noise_belongs_to_samples(rows, places, seed):
+    def draw(place, places, rows):
+        generator = torch.Generator().manual_seed(seed)
+        with SharedDraws(generator, place, places):
+            return torch.randn(rows, 3, generator=generator), torch.randn(size=(rows, 2), generator=generator), torch.rand(rows, generator=generator), torch.randn((4,)).shape
+    alone = draw(0, 1, rows * places)
+    parts = [draw(place, places, rows) for place in range(places)]
+    assert all(torch.equal(one, torch.cat([part[number] for part in parts])) for number, one in enumerate(alone[:3]))
+
+
+def test_a_state_from_before_a_key_was_known_counts_as_its_default():
+    old = {"recipe": {"steps": 12, "learning_rate": 0.1}}
+    new = {"recipe": {"steps": 12, "learning_rate": 0.1, "gradient_checkpointing": False, "ema_start": 0, "ema_device": "same"}}
+    assert not differences(old, new) and differences(old, {"recipe": {**new["recipe"], "ema_start": 5}}) == {"recipe.ema_start": (0, 5)}

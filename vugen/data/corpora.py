@@ -593,6 +593,7 @@ class Pairs:
     ):
         self.open = functools.partial(open_corpus, corpus, image_size, batch_size=batch_size)
         self.seed, self.train, self.test = seed, self.open(seed=seed, part="train"), open_corpus(corpus, image_size, part="test", batch_size=1)
+        self.others = {} # seed → the training part in its order
         self.test.first(1) # a corpus that holds nothing out is found before the training, not after it
         self.samples, self.fingerprint, self.report = self.train.samples, self.train.fingerprint, self.train.report
         self.state, self.load_state, self.told = self.train.state, self.train.load_state, self.train.told
@@ -605,4 +606,5 @@ class Pairs:
 
     def of_seed(self, seed: int): # a corpus
         "The training part in another order: it does not disturb the reading of the first"
-        return self.train if seed == self.seed else self.open(seed=seed, part="train")
+        if seed != self.seed and seed not in self.others: self.others[seed] = self.open(seed=seed, part="train")
+        return self.train if seed == self.seed else self.others[seed]

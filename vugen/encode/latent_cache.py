@@ -29,7 +29,7 @@ def check_key(
     "Write the key into a new folder; refuse a folder with another key"
     path, key = folder / KEY_FILE, json.loads(json.dumps(key))
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()): raise UserError(f"{folder} is not empty and holds no latent cache: name another folder with options.latent_cache.")
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()): raise UserError(f"{folder} is not empty and holds no latent cache: name another folder with options.latent_cache.")
         with atomic_path(path) as temporary: temporary.write_text(json.dumps(key, indent=1) + "\n")
         return
     try: found = json.loads(path.read_text())
