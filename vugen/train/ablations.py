@@ -466,7 +466,7 @@ def collect(out, name):  # folder of an ablation
     "Everything known of it: {'run': …, 'rows': …}."
     plan, ablation = read_json(out / "plan.json", "name the folder of an ablation with --out"), find_ablation(name)
     order = {variant.name: place for place, variant in enumerate(ablation.variants)}
-    found = [read_json(path, "delete the file and run the same command again") for path in sorted(out.glob("points/*/*.json"))]
+    found = [read_json(path, "delete the file and run the same command again") for path in sorted(out.glob("points/*/[!.]*.json"))]  # hidden ones are half-written
     rows = sorted((row for each in found for row in each["rows"]), key=lambda row: (order.get(row["variant"], len(order)), row["seed"]))
     work = [{"variant": each["rows"][0]["variant"], "seed": each["rows"][0]["seed"], "seconds": each["seconds"], "trained": each["trained"]} for each in found]
     return {"run": {**plan, "question": ablation.question, "source": ablation.source, "steps": ablation.steps, "seeds": sorted({row["seed"] for row in rows}),
