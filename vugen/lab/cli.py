@@ -29,7 +29,7 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers',
            'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
            'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play',
-           'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #054405cb
 def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
@@ -613,8 +613,43 @@ class Play:
         from vugen.lab.playground import launch
         launch(root=root_of(self.root), port=self.port, host=self.host, open_browser=self.browser)
 
+# %% ../../nbs/lab/cli.ipynb #ab1a7e01
+@dataclass
+class Ablate:
+    "Run one of the paper's ablations, or show its table and plot."
+    name: str  # reducer, ratio, decoder, steps, guidance, target or improved
+    preset: str = "tiny"  # tiny, small or smoke
+    root: Optional[Path] = None  # folder of checkpoints that all variants share; default the package's own
+    out: Optional[Path] = None  # folder that keeps trainings and measurements; default in the cache
+    seeds: tuple[int, ...] = (0,)  # one training of every variant a seed; 2 seeds or more give intervals over seeds
+    steps_scale: float = 1.0  # factor on the numbers of training steps
+    only: Optional[str] = None  # one kind of measurement: reconstruction or generation
+    report: bool = False  # show what is known and run nothing
+    json: Optional[Path] = None  # file for the rows; - prints them
+
+    def __call__(self, command):
+        for seed in self.seeds: check_number("--seeds", seed, 0, LARGEST_SEED)
+        check_number("--steps-scale", self.steps_scale, 1e-6, 1e6)
+        from vugen.train.ablations import run_ablation, stored_rows
+        found = stored_rows(self.name, self.preset, self.out) if self.report else run_ablation(self.name, self.preset, self.root and root_of(self.root), self.out, self.seeds, self.steps_scale, self.only, show=str(self.json) != "-")
+        if found is None: raise UserError(f"Nothing is known of the ablation {self.name!r} yet: run `vugen ablate {self.name} --preset {self.preset}` first.")
+        show_ablation(self, found)
+        if found.get("status", "finished") == "finished": return 0
+        print(f"{self.name}: left early with everything saved; the same command goes on.", file=sys.stderr)
+        return 128 + found["signal"] if found["signal"] else 0
+
+
+def show_ablation(verb, found):  # Ablate; of `run_ablation` or `stored_rows`
+    "Rows to the named file; table and notes to the terminal, table and plot beside the rows."
+    from vugen.train.ablations import ablation_folder, table_rows, write_report
+    if verb.json: write_json(verb.json, {"run": found["run"], "rows": found["rows"]})
+    if str(verb.json) == "-" or not found["rows"]: return
+    written = write_report(found, verb.name, verb.out or ablation_folder(verb.name, verb.preset))
+    print(found["run"]["question"]); show_rows(table_rows(found["rows"])); show_notes(found.get("notes") or {})
+    print("\n" + "\n".join(str(path) for path in written))
+
 # %% ../../nbs/lab/cli.ipynb #2db8fcf5
-VERBS = {each.__name__.lower(): each for each in (Play, Train, Reconstruct, Generate, Classify, Bind, Probe, Evaluate, Bench, Describe)}
+VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Probe, Evaluate, Bench, Describe)}
 
 
 def overview():
