@@ -96,6 +96,7 @@ HIDDEN = """() => {
   for (const e of document.querySelectorAll('.caption-label, .verdict th, .verdict td, .verdict p, #told p, [role=tab]')) if (shown(e)) {
     if (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1) wrong.push('cut: ' + e.textContent);
     if (box(e).left < 0 || box(e).right > innerWidth + 1) wrong.push('outside the window: ' + e.textContent);
+    if (e.tagName === 'TD' && box(e).right > box(e.closest('tr')).right + 1) wrong.push('beyond its row: ' + e.textContent);
   }
   for (const e of document.querySelectorAll('.caption-label')) if (shown(e)) {
     const item = e.closest('.thumbnail-item'), picture = item.querySelector('img'), frame = item.closest('.block');

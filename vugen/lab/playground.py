@@ -141,7 +141,8 @@ def picture_field(**options):
     return field
 
 CSS = """
-.verdict table { border-collapse: collapse; width: 100%; margin: 0 0 .6em; }
+.verdict table { border-collapse: collapse; width: 100%; margin: 0 0 .6em; padding: 0; }
+#verdict .html-container, #classes .html-container, #told .html-container { padding: 4px 0; }
 .verdict table, .verdict tr, .verdict td, .verdict th { border: 0 !important; }
 .verdict tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .verdict th, .verdict td { padding: .4em .5em; text-align: left; vertical-align: top; font-size: .92em; font-variant-numeric: tabular-nums; }
@@ -166,12 +167,13 @@ CSS = """
 [data-testid=status-tracker] .error { display: none; }
 footer { display: none !important; }
 @media (max-width: 640px) {
-  .gradio-container > main { padding-left: 12px !important; padding-right: 12px !important; }
+  .gradio-container > .main { padding-left: 14px; padding-right: 14px; }
   .tab-container button { padding: 0 8px !important; font-size: 14px !important; }
   #generated .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .verdict table, .verdict tbody { display: block; }
   .verdict thead { display: none; }
-  .verdict tr { display: grid; grid-template-columns: repeat(4, 1fr); padding: .5em 0; }
+  .verdict tr { display: grid; grid-template-columns: repeat(4, 1fr); margin: 0; padding: .5em 0; }
+  .verdict td:not(:first-child) { margin: 0; padding: .4em 0 .4em .5em; }
   .verdict td:first-child { grid-column: 1 / -1; font-weight: 600; }
   .verdict td:not(:first-child)::before { content: attr(data-scorer); display: block; font-size: 10px; font-weight: 400; opacity: .75; }
 }
@@ -206,11 +208,11 @@ def _bind_tab(gradio, bench, picture, scene, begin):
     "Caption against its foils."
     gradio.Markdown("Is the caption preferred to its **foils**, captions that differ in one fact? Numbers are margins to the best caption of the column.")
     caption = gradio.Textbox(begin[0].captions[0], label="Caption (true of the picture)", max_length=LIMITS["caption"], elem_id="caption")
-    with gradio.Accordion("Foils (made from the caption when empty)", open=False):
+    with gradio.Accordion("Foils (made from the caption, or your own)", open=False):
         foils = gradio.Textbox("", lines=5, label="One a line", elem_id="foils")
         fill = gradio.Button("Write the foils of this caption", size="sm", elem_id="fill")
     score = gradio.Button("Score", variant="primary", elem_id="score")
-    table = gradio.HTML(elem_id="verdict", padding=False)
+    table = gradio.HTML(elem_id="verdict")
     fill.click(polite(on_foils), [picture, scene, caption], foils)
     return caption, foils, table, _asks(score, partial(on_bind, bench), [picture, scene, caption, foils], table)
 
@@ -235,7 +237,7 @@ def _generate_tab(gradio, bench):
         seed = gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
         number = gradio.Slider(1, LIMITS["pictures"], 4, step=1, label="Pictures", elem_id="pictures")
     go = gradio.Button("Generate", variant="primary", elem_id="generate")
-    shown, told = picture_strip(columns=4, elem_id="generated"), gradio.HTML(elem_id="told", padding=False)
+    shown, told = picture_strip(columns=4, elem_id="generated"), gradio.HTML(elem_id="told")
     _asks(go, partial(on_generate, bench), [prompt, guidance, steps, seed, number], [shown, told])
 
 def _classify_tab(gradio, bench, picture, begin):
@@ -243,7 +245,7 @@ def _classify_tab(gradio, bench, picture, begin):
     gradio.Markdown("Which of **your** captions does each model choose? Free words are for the EfficientNet–MiniLM pair; the scene models read their own grammar.")
     text = gradio.Textbox("\n".join(begin[0].captions), lines=4, label="Captions, one a line", elem_id="candidates")
     go = gradio.Button("Classify", variant="primary", elem_id="classify")
-    table = gradio.HTML(elem_id="classes", padding=False)
+    table = gradio.HTML(elem_id="classes")
     return text, table, _asks(go, partial(on_classify, bench), [picture, text], table)
 
 # %% ../../nbs/lab/playground.ipynb #6f48c742

@@ -87,7 +87,8 @@ _LEGENDS = {True: "✓ chosen, and true of the picture · ✗ chosen, but a foil
 def _cell(scorer: str, value: float, best: float, chosen: bool, right: bool | None) -> str:
     "A table cell: the margin to the best caption, marked where it is the choice."
     style, mark = _MARKS[right] if chosen else ("", "")
-    text = "tie" if value == best and not chosen else (f"best {mark}" if chosen else f"{value - best:.2f}")
+    margin = value - best
+    text = f"best {mark}" if chosen else "tie" if not margin else f"{margin:.{2 if abs(margin) >= 0.1 else 3}f}"
     return f'<td class="{style}" data-scorer="{html.escape(scorer)}">{text}</td>'
 
 def _row(verdict: Verdict, place: int, truth: int | None) -> str:
@@ -148,7 +149,10 @@ def with_foils(
     if not caption: raise UserError("The caption is empty: write one such as 'a red circle left of a blue square'.")
     try: foils = caption_foils(caption)
     except UserError: return [caption], ["caption"]
-    kept = {kind: foil for kind, foil in foils.items() if not true_of(scene, foil) and (scene is not None or kind != "add-attribute")}
+    kept = {}
+    for kind, foil in foils.items():
+        guessed = kind == "add-attribute" and scene is None
+        if not guessed and not true_of(scene, foil) and foil not in kept.values(): kept[kind] = foil  # two kinds of edit may write the same foil
     return [caption, *kept.values()], ["caption", *kept]
 
 # %% ../../nbs/lab/workbench.ipynb #50a68d3f
