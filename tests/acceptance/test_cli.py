@@ -276,6 +276,8 @@ MISTAKES = {
     "json below a file": ("describe smoke --json {picture}/rows.json", "scene.png is a file"),
     "out below a file": ("generate a_red_circle --out {picture}/deep/out --root {smoke}", "scene.png is a file"),
     "no such device": ("generate a_red_circle --device toaster --out {out} --root {smoke}", "toaster"),
+    "device without memory": ("generate a_red_circle --device meta --out {out} --root {smoke}", "'meta'"),
+    "graphics card that is not there": ("generate a_red_circle --device cuda:99 --out {out} --root {smoke}", "GPU"),
     "no such suite": ("bind --suite soup --root {smoke}", "soup"),
     "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),
     "no such encoder": ("probe --encoder {bad}/none --root {smoke}", "none"),
@@ -307,6 +309,30 @@ def test_a_mistake_is_one_sentence(mistake, bad, smoke, picture, tmp_path, capsy
     assert any(name in printed.err for name in named.split("|")), printed.err
     assert len(printed.err) < 600 and printed.err.strip().endswith((".", "?"))
     assert not out.exists() and not list(tmp_path.iterdir()) and picture.read_bytes() == before
+
+
+GENERATE, RECONSTRUCT, CLASSIFY = "generate a_red_circle", "reconstruct {picture}", "classify {picture} --captions a_red_circle a_blue_square"
+SPOILED = [  # a file of the checkpoints, what stands in it (a dict: these keys are others), the verb that reads it
+    ("generator/config.json", {"unheard_of": 1}, GENERATE), ("generator/config.json", {"grid": None}, GENERATE), ("generator/config.json", {"position_scale": "far"}, GENERATE),
+    ("generator/config.json", {"latent_dim": 0}, GENERATE), ("generator/config.json", {"vlm": 3}, GENERATE), ("generator/config.json", {"guidance_scale": "much"}, GENERATE),
+    ("generator/config.json", {"num_inference_steps": None}, GENERATE), ("generator/config.json", {"class": []}, GENERATE),
+    ("vlm/config.json", [1], GENERATE), ("vlm/config.json", {"num_heads": 0}, GENERATE), ("vlm/config.json", {"encoder": None}, GENERATE), ("vlm/config.json", {"class": None, "model_type": []}, GENERATE),
+    ("contrastive/config.json", {"patch_size": 0}, CLASSIFY), ("contrastive/config.json", {"hidden_size": 0}, CLASSIFY), ("contrastive/config.json", {"num_heads": 0}, CLASSIFY),
+    ("decoder/encoder.json", [1], RECONSTRUCT), ("decoder/pixel_decoder/config.json", {"grid_size": 0}, RECONSTRUCT), ("decoder/reducer/config.json", {"class": []}, RECONSTRUCT),
+    ("contrastive/run.json", [1], CLASSIFY), ("contrastive/run.json", None, CLASSIFY), ("contrastive/run.json", {"world": {"counts": 3}}, CLASSIFY),
+    ("contrastive/run.json", {"world": {"image_size": "a"}}, CLASSIFY), ("contrastive/run.json", {"world": {"no_such_dial": 1}}, CLASSIFY),
+]
+
+
+@pytest.mark.parametrize("file, content, line", SPOILED)
+def test_a_spoiled_checkpoint_is_one_sentence(file, content, line, smoke, picture, tmp_path, capsys):
+    shutil.copytree(smoke, tmp_path / "root", ignore=shutil.ignore_patterns(".*"))
+    path = tmp_path / "root" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content} if isinstance(content, dict) else content))
+    words = [word.format(picture=picture) if "{" in word else word.replace("_", " ") for word in line.split()]
+    code, target = call(*words, *(() if line == CLASSIFY else ("--out", tmp_path / "out")), "--root", tmp_path / "root"), tmp_path / "out"
+    printed = capsys.readouterr().err
+    assert code == 2 and len(printed.strip().splitlines()) == 1 and len(printed) < 800 and file.rsplit("/", 1)[0] in printed and not target.exists(), printed
 
 
 @pytest.mark.parametrize("line", ["describe tiny", "bind --root none", "probe --root none", "bench decoder --root none", "evaluate none", "classify none.png --captions one two --root none"])

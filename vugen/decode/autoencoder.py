@@ -47,6 +47,7 @@ def check_link(folder: Path, encoder):
     path = Path(folder) / "encoder.json"
     try: link = json.loads(path.read_text())
     except (OSError, ValueError) as error: raise UserError(f"{path} is missing or unreadable: train the pair again with `vugen train decoder`.") from error
+    if not isinstance(link, dict): raise UserError(f"{path} names no encoder: train the pair again with `vugen train decoder`.")
     if link.get("fingerprint") != fingerprint(encoder):
         raise UserError(f"{folder} was trained on another encoder ({link.get('encoder')}, {link.get('fingerprint')}): train the decoder again after the encoder.")
 

@@ -16,7 +16,7 @@ from ..errors import UserError
 from .adapters import UnderstandingModel, load_adapter
 from .mixture_of_transformers import MixtureOfTransformers, PromptCache
 from ..models.flow import euler, guided, interpolate, velocity_target
-from ..models.saving import PretrainedMixin, fingerprint, load_weights, read_config
+from ..models.saving import CONFIG_FILE, PretrainedMixin, building, fingerprint, load_weights, read_config
 
 # %% auto #0
 __all__ = ['MAX_CHARACTERS', 'check_prompts', 'latent_noise', 'TextToImage', 'generator_folder', 'vlm_folder',
@@ -67,7 +67,7 @@ class TextToImage(nn.Module, PretrainedMixin):
     ):
         super().__init__()
         self.latent_dim, self.grid = latent_dim, tuple(grid)
-        self.shift, self.guidance_scale, self.num_inference_steps = shift, guidance_scale, num_inference_steps
+        self.shift, self.guidance_scale, self.num_inference_steps = float(shift), float(guidance_scale), int(num_inference_steps)
         self.vlm = self.reducer = self.pixel_decoder = self.mixture = None
 
     def attach(self,
@@ -109,8 +109,11 @@ class TextToImage(nn.Module, PretrainedMixin):
         folder = generator_folder(name)
         config = read_config(folder)
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
-        model = cls(**{**config, **overrides})
-        model.attach(vlm or load_adapter(vlm_folder(folder, config["vlm"])), reducer or load_reducer(folder / config["reducer"]), pixel_decoder or load_pixel_decoder(folder / config["pixel_decoder"]))
+        with building(folder / CONFIG_FILE, cls.__name__):
+            model = cls(**{**config, **overrides})
+            beside = [vlm_folder(folder, model.config["vlm"]), folder / model.config["reducer"], folder / model.config["pixel_decoder"]]
+        parts = vlm or load_adapter(beside[0]), reducer or load_reducer(beside[1]), pixel_decoder or load_pixel_decoder(beside[2])
+        with building(folder / CONFIG_FILE, cls.__name__): model.attach(*parts)
         load_weights(model, folder)
         return model.eval()
 

@@ -101,8 +101,10 @@ def pick_device(name):  # "auto", "cpu", "cuda", …
     import torch
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
-    except RuntimeError: raise UserError(f"There is no device {name!r}: give auto, cpu or cuda.") from None
-    if device.type == "cuda" and not torch.cuda.is_available(): raise UserError("There is no GPU that torch can use here: give --device cpu.")
+    except RuntimeError: device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"There is no device {name!r}: give auto, cpu, cuda or mps.")
+    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if not gpus or (device.index or 0) >= gpus: raise UserError(f"There is no GPU {name!r} that torch can use here: give --device cpu.")
     return device
 
 # %% ../../nbs/lab/cli.ipynb #da5179e3
