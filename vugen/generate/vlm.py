@@ -232,7 +232,7 @@ class SceneVLM(nn.Module, PretrainedMixin):
         "Load the model and its encoder, in evaluation mode"
         model = super().from_pretrained(name, **overrides)
         if not isinstance(model.config["encoder"], str): raise UserError(f"{Path(name) / 'config.json'} names no folder of an encoder: train the model again.")
-        return model.attach(vision if vision is not None else load_vision(Path(name) / model.config["encoder"])).eval()
+        return model.attach(vision if vision is not None else load_vision((Path(name) / model.config["encoder"]).resolve())).eval()
 
     def save_pretrained(self,
         folder: str | Path, # made if needed
