@@ -73,8 +73,24 @@ def test_reconstruct_shows_and_measures(smoke, picture, tmp_path, capsys):
     assert call("reconstruct", picture, "--steps", 2, "--out", tmp_path / "out", "--root", smoke) == 0
     rows = json.loads((tmp_path / "out/reconstruct.json").read_text())["rows"]
     assert [row["images"] for row in rows] == ["learned"] and rows[0]["metric"] == "PSNR" and rows[0]["value"] > 3
+    assert "pca" in (printed := capsys.readouterr().out).split("Left out:")[1] and "`vugen train decoder-pca`" in printed
     panel = load_image(tmp_path / "out" / rows[0]["file"])
     assert panel.width > 2 * 256 - 1
+
+
+def test_reconstruct_without_the_learned_pair_says_so(smoke, picture, tmp_path, capsys):
+    for part in ("contrastive", "decoder"): shutil.copytree(smoke / part, tmp_path / "root" / {"decoder": "decoder-pca"}.get(part, part))
+    assert call("reconstruct", picture, picture, "--steps", 1, "--out", tmp_path / "out", "--root", tmp_path / "root") == 0
+    printed = capsys.readouterr()
+    assert "learned" in printed.out.split("Left out:")[1] and "`vugen train decoder`" in printed.out and "reconstruct: 2/2" in printed.err
+    found = json.loads((tmp_path / "out/reconstruct.json").read_text())
+    assert [row["images"] for row in found["rows"]] == ["pca"] * 2 and list(found["run"]["notes"]) == ["learned"]
+
+
+def test_digits_are_read_as_the_words_that_they_stand_for(smoke, tmp_path):
+    for name, prompt in (("digit", "2 red circles"), ("word", "two red circles")):
+        assert call("generate", prompt, "--steps", 1, "--out", tmp_path / name, "--root", smoke) == 0
+    assert np.array_equal(*(np.array(load_image(tmp_path / name / "00000.png")) for name in ("digit", "word")))
 
 
 def test_classify_prints_and_writes_every_scorer(smoke, picture, tmp_path, capsys):
@@ -238,7 +254,7 @@ MISTAKES = {
     "foreign prompt": ("generate a_purple_idea --out {out} --root {smoke}", "idea"),
     "second prompt foreign": ("generate a_red_circle a_purple_idea --out {out} --root {smoke}", "idea"),
     "foreign caption": ("classify {picture} --captions a_red_circle the_quick_fox --scorer contrastive,likelihood,denoising --root {smoke}", "fox|quick|the"),
-    "empty caption": ("classify {picture} --captions a_red_circle EMPTY --root {smoke}", "empty"),
+    "empty caption": ("classify {picture} --captions a_red_circle EMPTY --root {smoke}", "The caption is empty"),
     "endless caption": ("classify {picture} --captions a_red_circle ENDLESS --root {smoke}", "10,000 characters"),
     "word the models never learned": ("generate a_red_arrow --out {out} --root {smoke}", "arrow"),
     "one caption": ("classify {picture} --captions a_red_circle --root {smoke}", "two captions"),
@@ -276,6 +292,8 @@ MISTAKES = {
     "json below a file": ("describe smoke --json {picture}/rows.json", "scene.png is a file"),
     "out below a file": ("generate a_red_circle --out {picture}/deep/out --root {smoke}", "scene.png is a file"),
     "no such device": ("generate a_red_circle --device toaster --out {out} --root {smoke}", "toaster"),
+    "device without memory": ("generate a_red_circle --device meta --out {out} --root {smoke}", "'meta'"),
+    "graphics card that is not there": ("generate a_red_circle --device cuda:99 --out {out} --root {smoke}", "GPU"),
     "no such suite": ("bind --suite soup --root {smoke}", "soup"),
     "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),
     "no such encoder": ("probe --encoder {bad}/none --root {smoke}", "none"),
@@ -309,10 +327,53 @@ def test_a_mistake_is_one_sentence(mistake, bad, smoke, picture, tmp_path, capsy
     assert not out.exists() and not list(tmp_path.iterdir()) and picture.read_bytes() == before
 
 
+GENERATE, RECONSTRUCT, CLASSIFY = "generate a_red_circle", "reconstruct {picture}", "classify {picture} --captions a_red_circle a_blue_square"
+SPOILED = [  # a file of the checkpoints, what stands in it (a dict: these keys are others), the verb that reads it
+    ("generator/config.json", {"unheard_of": 1}, GENERATE), ("generator/config.json", {"grid": None}, GENERATE), ("generator/config.json", {"position_scale": "far"}, GENERATE),
+    ("generator/config.json", {"latent_dim": 0}, GENERATE), ("generator/config.json", {"vlm": 3}, GENERATE), ("generator/config.json", {"guidance_scale": "much"}, GENERATE),
+    ("generator/config.json", {"num_inference_steps": None}, GENERATE), ("generator/config.json", {"class": []}, GENERATE),
+    ("vlm/config.json", [1], GENERATE), ("vlm/config.json", {"num_heads": 0}, GENERATE), ("vlm/config.json", {"encoder": None}, GENERATE), ("vlm/config.json", {"class": None, "model_type": []}, GENERATE),
+    ("contrastive/config.json", {"patch_size": 0}, CLASSIFY), ("contrastive/config.json", {"hidden_size": 0}, CLASSIFY), ("contrastive/config.json", {"num_heads": 0}, CLASSIFY),
+    ("decoder/encoder.json", [1], RECONSTRUCT), ("decoder/pixel_decoder/config.json", {"grid_size": 0}, RECONSTRUCT), ("decoder/reducer/config.json", {"class": []}, RECONSTRUCT),
+    ("contrastive/run.json", [1], CLASSIFY), ("contrastive/run.json", None, CLASSIFY), ("contrastive/run.json", {"world": {"counts": 3}}, CLASSIFY),
+    ("contrastive/run.json", {"world": {"image_size": "a"}}, CLASSIFY), ("contrastive/run.json", {"world": {"no_such_dial": 1}}, CLASSIFY),
+]
+
+
+@pytest.mark.parametrize("file, content, line", SPOILED)
+def test_a_spoiled_checkpoint_is_one_sentence(file, content, line, smoke, picture, tmp_path, capsys):
+    shutil.copytree(smoke, tmp_path / "root", ignore=shutil.ignore_patterns(".*"))
+    path = tmp_path / "root" / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **content} if isinstance(content, dict) else content))
+    words = [word.format(picture=picture) if "{" in word else word.replace("_", " ") for word in line.split()]
+    code, target = call(*words, *(() if line == CLASSIFY else ("--out", tmp_path / "out")), "--root", tmp_path / "root"), tmp_path / "out"
+    printed = capsys.readouterr().err
+    assert code == 2 and len(printed.strip().splitlines()) == 1 and len(printed) < 800 and file.rsplit("/", 1)[0] in printed and not target.exists(), printed
+
+
 @pytest.mark.parametrize("line", ["describe tiny", "bind --root none", "probe --root none", "bench decoder --root none", "evaluate none", "classify none.png --captions one two --root none"])
 def test_json_never_takes_the_place_of_a_folder_and_is_refused_before_anything_is_read(line, bad, tmp_path, capsys):
     assert call(*line.split(), "--json", bad / "results") == 2 and "results is a folder: name a file" in capsys.readouterr().err
     assert (bad / "results/old.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("spoil", ["folder", "config.json"])
+def test_a_missing_part_of_the_generator_tells_what_trains_it(spoil, smoke, tmp_path, capsys):
+    shutil.copytree(smoke, tmp_path / "root", ignore=shutil.ignore_patterns(".*", *(["vlm"] if spoil == "folder" else [])))
+    if spoil != "folder": (tmp_path / "root/vlm" / spoil).unlink()
+    assert call("generate", "a red circle", "--out", tmp_path / "out", "--root", tmp_path / "root") == 2
+    printed = capsys.readouterr().err
+    assert "`vugen train vlm --root" in printed and ".." not in printed and str(tmp_path / "root/vlm") in printed and "hub" not in printed
+
+
+def test_the_longest_caption_is_one_number_and_is_asked_before_anything_is_loaded(picture, capsys):
+    from vugen.data.scenes import LONGEST
+    from vugen.generate.text_to_image import check_prompts
+    longest = "a red circle and ".ljust(LONGEST, "a")
+    assert check_prompts([longest]) == [longest]
+    for words in (("generate", longest + "a"), ("classify", picture, "--captions", "a star", longest + "a")):
+        assert call(*words, "--root", "none") == 2 and f"{LONGEST + 1} characters: shorten it to at most {LONGEST}" in capsys.readouterr().err
+        assert call(*words[:-1], longest, "--root", "none") == 2 and "characters" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["generate circle", "reconstruct none.png"])

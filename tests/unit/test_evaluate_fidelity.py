@@ -14,6 +14,12 @@ def test_psnr_matches_scikit_image():
     assert psnr(first, second).numpy() == pytest.approx(expected, rel=1e-5)
 
 
+def test_there_is_one_psnr():
+    from vugen.data import images
+    from vugen.decode import autoencoder
+    assert autoencoder.psnr is psnr is images.psnr
+
+
 def test_psnr_of_equal_pictures_is_finite_and_shapes_must_agree():
     images = torch.rand(2, 3, 4, 4)
     assert torch.isfinite(psnr(images, images)).all() and mean_psnr(images, images).n == 2

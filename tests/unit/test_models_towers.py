@@ -5,7 +5,7 @@ import torch
 from vugen.errors import UserError
 from vugen.models.layers import Attention, TransformerBlock, attend, attention_mask, count_parameters, sincos_2d, timestep_embedding
 from vugen.models.seams import Decoder, Generator, Patches, Reducer, Scorer, VisionEncoder
-from vugen.models.text import TextTransformer, WordTokenizer
+from vugen.models.text import TextTransformer, WordTokenizer, scene_tokenizer
 from vugen.models.vit import AttentionPool, VisionTransformer, patchify, resize
 
 WORDS = "a an the red blue green circle square star left right of above below to".split()
@@ -196,3 +196,13 @@ def test_text_tower_saves_and_loads(tmp_path):
     tower.save_pretrained(tmp_path)
     ids, mask = torch.randint(4, 40, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
     assert torch.equal(TextTransformer.from_pretrained(tmp_path)(ids, mask)[1], tower(ids, mask)[1])
+
+
+def test_digits_are_read_as_the_caption_grammar_reads_them():
+    from vugen.data.scenes import World, parse
+    tokenizer = scene_tokenizer(world=World())
+    for number, name in enumerate(("two", "three", "four", "five", "six"), 2):
+        digit, word = f"{number} red circles", f"{name} red circles"
+        assert parse(digit) == parse(word) and all(torch.equal(*pair) for pair in zip(tokenizer.encode([digit]), tokenizer.encode([word])))
+    with pytest.raises(UserError, match="'12'"): tokenizer.encode(["12 red circles"])
+    assert WordTokenizer(["2", "two"]).encode(["2"])[0].tolist() != WordTokenizer(["2", "two"]).encode(["two"])[0].tolist()

@@ -433,9 +433,10 @@ def load_adapter(
     folder = locate(name)
     try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error: raise UserError(f"{name}/config.json cannot be read as JSON: copy the checkpoint again.") from error
+    if not isinstance(config, dict): raise UserError(f"{name}/config.json describes no model (it is no JSON object): copy or train the checkpoint again.")
     if config.get("class") == SceneVLM.__name__: return SceneVLM.from_pretrained(folder)
     family = config.get("model_type", config.get("class", "nameless"))
-    if family not in ADAPTERS: raise UserError(f"{name} holds a {family} model, for which there is no adapter: give a SceneVLM or a model of type {', '.join(ADAPTERS)}.")
+    if not isinstance(family, str) or family not in ADAPTERS: raise UserError(f"{name} holds a {family} model, for which there is no adapter: give a SceneVLM or a model of type {', '.join(ADAPTERS)}.")
     statistics = STATISTICS.get(family) or family_of(config.get("vision_config", {}).get("model_type", "clip"))
     return ADAPTERS[family](load_vlm(folder, dtype, image_size is not None), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
 

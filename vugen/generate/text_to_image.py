@@ -11,6 +11,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from ..data.scenes import LONGEST
 from ..encode.reducers import load_reducer
 from ..errors import UserError
 from .adapters import UnderstandingModel, load_adapter
@@ -18,15 +19,13 @@ from .latent_spaces import make_space
 from .mixture_of_transformers import MixtureOfTransformers, PromptCache
 from ..decode.vae import load_vae
 from ..models.flow import dimension_shift, euler, interpolate, velocity_target, with_guidance
-from ..models.saving import PretrainedMixin, fingerprint, load_weights, read_config
+from ..models.saving import CONFIG_FILE, PretrainedMixin, building, fingerprint, load_weights, read_config
 
 # %% auto #0
-__all__ = ['MAX_CHARACTERS', 'check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage',
-           'generator_folder', 'part_folder', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
+__all__ = ['check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage', 'generator_folder', 'part_folder',
+           'published_or_beside', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
 
 # %% ../../nbs/generate/text_to_image.ipynb #3572c446
-MAX_CHARACTERS = 400 # of a prompt
-
 def check_prompts(
     prompts: list[str], # as typed
 ) -> list[str]: # the same, without surrounding space
@@ -35,7 +34,7 @@ def check_prompts(
     if not prompts: raise UserError("there is no prompt: give at least one, such as 'a red circle left of a blue square'.")
     for prompt in prompts:
         if not prompt.strip(): raise UserError("the prompt is empty: describe a scene, such as 'a red circle left of a blue square'.")
-        if len(prompt) > MAX_CHARACTERS: raise UserError(f"the prompt has {len(prompt)} characters: shorten it to at most {MAX_CHARACTERS}.")
+        if len(prompt) > LONGEST: raise UserError(f"the prompt has {len(prompt)} characters: shorten it to at most {LONGEST}.")
         if "<" in prompt: raise UserError(f"the prompt {prompt[:40]!r} holds '<', which is kept for special tokens: write it without.")
     return [prompt.strip() for prompt in prompts]
 
@@ -96,9 +95,10 @@ class TextToImage(nn.Module, PretrainedMixin):
         vae_fingerprint: str = "",
     ):
         super().__init__()
+        if not all(isinstance(part, str) for part in (vlm, reducer, pixel_decoder)): raise UserError("vlm, reducer and pixel_decoder are names of folders: give texts.")
         self.latent_dim, self.grid = latent_dim, tuple(grid)
         self.shift, self.guidance_interval = resolve_shift(shift, self.grid[0] * self.grid[1], latent_dim, shift_base), check_interval(guidance_interval)
-        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+        self.guidance_scale, self.num_inference_steps = float(guidance_scale), int(num_inference_steps)
         self.vlm = self.reducer = self.pixel_decoder = self.vae = self.mixture = self.space = None
 
     def attach(self,
@@ -143,10 +143,12 @@ class TextToImage(nn.Module, PretrainedMixin):
         folder = generator_folder(name)
         config = read_config(folder)
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
-        model = cls(**{**config, **overrides})
-        vlm = vlm or load_adapter(part_folder(folder, config["vlm"]), config.get("image_size"))
-        if model.config["space"] == "vae": model.attach(vlm, vae=vae or load_vae(part_folder(folder, model.config["vae"])))
-        else: model.attach(vlm, reducer or load_reducer(folder / config["reducer"]), pixel_decoder or load_pixel_decoder(folder / config["pixel_decoder"]))
+        with building(folder / CONFIG_FILE, cls.__name__): model = cls(**{**config, **overrides})
+        vlm = vlm or load_adapter(published_or_beside(folder, model.config["vlm"], "vlm"), config.get("image_size"))
+        of = lambda part: part_folder(folder, model.config[part], "decoder")
+        if model.config["space"] == "vae": parts = dict(vae=vae or load_vae(published_or_beside(folder, model.config["vae"], "vae")))
+        else: parts = dict(reducer=reducer or load_reducer(of("reducer")), pixel_decoder=pixel_decoder or load_pixel_decoder(of("pixel_decoder")))
+        with building(folder / CONFIG_FILE, cls.__name__): model.attach(vlm, **parts)
         load_weights(model, folder)
         return model.eval()
 
@@ -198,11 +200,22 @@ def generator_folder(
 
 def part_folder(
     folder: Path, # of the generator
+    name: str, # of the part: a folder relative to the generator's own
+    stage: str, # that trains it
+) -> Path:
+    "The folder of a part of a generator; a `UserError` that tells how to train it where there is none"
+    beside = (folder / name).resolve()
+    if not (beside / CONFIG_FILE).is_file(): raise UserError(f"{beside} holds no trained model, and the generator beside it needs one: train it with `vugen train {stage} --root {folder.resolve().parent}`.")
+    return beside
+
+def published_or_beside(
+    folder: Path, # of the generator
     name: str, # of the VLM or the VAE as the generator's configuration has it
+    stage: str, # that trains it
 ) -> Path | str:
     "A folder relative to the generator's own, or a hub id such as `facebook/Perception-LM-1B` if there is none"
-    beside = folder / name
-    return name if name.count("/") == 1 and not name.startswith(".") and not beside.is_dir() else beside
+    hub = name.count("/") == 1 and not name.startswith(".") and not (folder / name).is_dir()
+    return name if hub else part_folder(folder, name, stage)
 
 def load_pixel_decoder(
     folder: str | Path, # of a saved `PixelDiffusionDecoder`

@@ -231,7 +231,8 @@ class SceneVLM(nn.Module, PretrainedMixin):
     ) -> SceneVLM:
         "Load the model and its encoder, in evaluation mode"
         model = super().from_pretrained(name, **overrides)
-        return model.attach(vision if vision is not None else load_vision(Path(name) / model.config["encoder"])).eval()
+        if not isinstance(model.config["encoder"], str): raise UserError(f"{Path(name) / 'config.json'} names no folder of an encoder: train the model again.")
+        return model.attach(vision if vision is not None else load_vision((Path(name) / model.config["encoder"]).resolve())).eval()
 
     def save_pretrained(self,
         folder: str | Path, # made if needed

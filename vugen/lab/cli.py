@@ -101,8 +101,10 @@ def pick_device(name):  # "auto", "cpu", "cuda", …
     import torch
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
-    except RuntimeError: raise UserError(f"There is no device {name!r}: give auto, cpu or cuda.") from None
-    if device.type == "cuda" and not torch.cuda.is_available(): raise UserError("There is no GPU that torch can use here: give --device cpu.")
+    except RuntimeError: device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"There is no device {name!r}: give auto, cpu, cuda or mps.")
+    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if not gpus or (device.index or 0) >= gpus: raise UserError(f"There is no GPU {name!r} that torch can use here: give --device cpu.")
     return device
 
 # %% ../../nbs/lab/cli.ipynb #da5179e3
@@ -134,18 +136,19 @@ def check_number(name, value, low, high=None):  # option as it is typed, and its
     raise UserError(f"{name} is {value}: give {wanted}.")
 
 # %% ../../nbs/lab/cli.ipynb #81e47c55
-def check_captions(captions):
+def check_captions(captions, kind="caption"):  # or "prompt"
     "The captions without outer blanks, or a `UserError` where one is empty or endless."
+    from vugen.data.scenes import LONGEST
     for caption in captions:
-        if not caption.strip(): raise UserError("The prompt is empty: describe a scene, such as 'a red circle left of a blue square'.")
-        if len(caption) > 1000: raise UserError(f"The prompt has {len(caption):,} characters: shorten it to at most 1,000.")
+        if not caption.strip(): raise UserError(f"The {kind} is empty: describe a scene, such as 'a red circle left of a blue square'.")
+        if len(caption) > LONGEST: raise UserError(f"The {kind} has {len(caption):,} characters: shorten it to at most {LONGEST:,}.")
     return [caption.strip() for caption in captions]
 
 
 def check_prompts(prompts):
     "The same for captions that must be of the grammar: a foreign word is named."
     from vugen.data.scenes import parse
-    prompts = check_captions(prompts)
+    prompts = check_captions(prompts, "prompt")
     for prompt in prompts: parse(prompt)
     return prompts
 
@@ -301,9 +304,14 @@ class Reconstruct:
         from vugen.decode.autoencoder import PixelAutoencoder
         found = {name: PixelAutoencoder.from_pretrained(root, folder).to(device) for name, folder in RECONSTRUCTIONS.items() if (root / folder).is_dir()}
         if not found: raise UserError(f"{root} holds no decoder: train one with `vugen train decoder --root {root}`.")
-        results = [reconstruct_one(found, picture, self.steps, self.seed) for picture in pictures]
-        run = run_record(command, self.seed, root, device, num_inference_steps=self.steps)
-        show_rows(save_reconstructions(results, self.images, run, self.out, self.size))
+        notes = {name: f"The checkpoints hold no folder {folder!r}: train it with `vugen train {folder}`." for name, folder in RECONSTRUCTIONS.items() if name not in found}
+        results, progress = [], Counter() if len(pictures) > 1 else lambda *told: None
+        for picture in pictures:
+            progress("reconstruct", len(results), len(pictures))
+            results.append(reconstruct_one(found, picture, self.steps, self.seed))
+        progress("reconstruct", len(results), len(pictures))
+        run = run_record(command, self.seed, root, device, num_inference_steps=self.steps, **({"notes": notes} if notes else {}))
+        show_rows(save_reconstructions(results, self.images, run, self.out, self.size)); show_notes(notes)
 
 # %% ../../nbs/lab/cli.ipynb #6879982f
 def compare_verb(verb, command):  # Reconstruct

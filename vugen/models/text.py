@@ -5,6 +5,7 @@
 # %% ../../nbs/models/text.ipynb #5f25389c
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Iterable
 
@@ -17,8 +18,8 @@ from .saving import PretrainedMixin
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'WordCodec', 'WordTokenizer', 'known_words', 'common_words', 'scene_tokenizer',
-           'scene_words', 'TextTransformer']
+__all__ = ['SPECIAL_TOKENS', 'TOKENIZER_FILE', 'NUMBER_WORDS', 'spelled', 'WordCodec', 'WordTokenizer', 'known_words',
+           'common_words', 'scene_tokenizer', 'scene_words', 'TextTransformer']
 
 # %% ../../nbs/models/text.ipynb #2f50daa0
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
@@ -33,6 +34,19 @@ def _word_level(words: Iterable[str], special: tuple[str, ...]):
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), splitter
     tokenizer.add_special_tokens(list(special))
     return tokenizer
+
+# %% ../../nbs/models/text.ipynb #5122a93a
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+def spelled(
+    text: str, # a caption
+    known, # token → its id, or None where the vocabulary lacks it
+) -> str:
+    "A caption whose lone digits are words, where the vocabulary has the word and not the digit"
+    def word(found):
+        name = NUMBER_WORDS[int(found[0])]
+        return found[0] if known(found[0]) is not None or known(name) is None else name
+    return re.sub(r"\b[0-9]\b", word, text)
 
 # %% ../../nbs/models/text.ipynb #2a220320
 class WordCodec:
@@ -55,6 +69,7 @@ class WordCodec:
         return self.backend.get_vocab()
 
     def _ids(self, caption: str) -> list[int]:
+        caption = spelled(caption, self.backend.token_to_id)
         found = self.backend.encode(caption, add_special_tokens=False)
         if self.unk_id in found.ids:
             start, end = found.offsets[found.ids.index(self.unk_id)]

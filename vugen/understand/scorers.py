@@ -286,9 +286,10 @@ def world_of(
     root = Path(root) if root is not None else checkpoints_dir()
     if not root.is_dir(): raise UserError(f"{root} is not a folder of checkpoints: train one with `vugen train`, or name another.")
     for record in sorted(root.glob("*/run.json")):
-        try: dials = json.loads(record.read_text())["world"]
-        except (ValueError, KeyError, OSError) as error: raise UserError(f"{record} cannot be read as a run record: train that stage again.") from error
-        if dials: return World.from_dict(dials)
+        try:
+            if dials := json.loads(record.read_text())["world"]: return World.from_dict(dials)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"{record} cannot be read as a run record ({' '.join(str(error).split())[:200]}): train that stage again.") from error
     raise UserError(f"{root} holds no trained stage (no */run.json): train one with `vugen train`, or name another folder.")
 
 # %% ../../nbs/understand/scorers.ipynb #1785cfda
