@@ -58,7 +58,7 @@ def test_what_is_published_is_frozen_and_of_its_size():
 @pytest.mark.parametrize("name", ["paper-stockmix", "paper-imagenet-improved"])
 def test_every_paper_preset_has_the_same_models(name):
     counted = {part.name: part.parameters() for part in parts_of(load_preset(name))}
-    assert len(counted) == 9 and counted == {key: paper_parts()[key].parameters() for key in counted}
+    assert len(counted) == 12 and counted == {key: paper_parts()[key].parameters() for key in counted}
 
 
 # operations
@@ -88,7 +88,7 @@ def counted_by_hand(part):
     return (total[0] + attentions.total) / 1e9
 
 
-NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "distilled decoder, its one step", "VAE", "latent diffusion decoder, a step", "image tower, a step", "perceptual network", "alignment encoder", "alignment projector"]
+NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "distilled decoder, its one step", "VAE", "latent diffusion decoder, a step", "image tower, a step", "image tower of Decoupled, a step", "image tower of REPA, a step", "alignment head", "perceptual network", "alignment encoder", "alignment projector"]
 
 
 @pytest.mark.parametrize("name", NAMES)

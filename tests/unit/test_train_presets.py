@@ -95,13 +95,16 @@ def test_the_papers_presets_say_what_the_paper_says(name, steps, gpus, begin, gu
     assert part.model["vlm"] == load_preset(name).stage("decoder").options["encoder"] == "facebook/Perception-LM-1B"
 
 
+GENERATORS = ("generator", "generator-decoupled", "generator-repa")
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_improved_twins_differ_where_they_should_and_nowhere_else(name):
     from vugen.train.loop import differences
     plain, twin = load_preset(name).to_dict(), load_preset(f"{name}-improved").to_dict()
-    assert set(differences(plain, twin)) == {"name", "stages.generator.model.shift", *(f"stages.{stage}.options.latent_noise" for stage in ("decoder", "distill", "decoder-ldm"))}
+    assert set(differences(plain, twin)) == {"name", *(f"stages.{stage}.model.shift" for stage in GENERATORS), *(f"stages.{stage}.options.latent_noise" for stage in ("decoder", "distill", "decoder-ldm"))}
     shift = (256 * 64 / 4096) ** 0.5  # the square root of numbers a picture over 4096
-    assert twin["stages"]["generator"]["model"]["shift"] == shift
+    for stage in GENERATORS: assert twin["stages"][stage]["model"]["shift"] == shift  # the baselines' tokens have as many channels
 
 
 @pytest.mark.parametrize("name", PAPERS)
