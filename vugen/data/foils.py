@@ -117,7 +117,11 @@ def palette(
     return [value for value in choices if value != getattr(item, field)]
 
 # %% ../../nbs/data/foils.ipynb #7110dbb5
-def shape_places(scene): return [place for place, item in enumerate(scene.items) if item.kind == "shape"]
+def shape_places(
+    scene: Scene,
+) -> list[int]:
+    "Positions of the items that are shapes, which have a colour and a fill"
+    return [place for place, item in enumerate(scene.items) if item.kind == "shape"]
 
 def swap_attribute(scene, world, draw):
     "Exchange the colours (or fills) of two items"
@@ -149,9 +153,12 @@ def replace_one(scene, world, draw, field):
     values = palette(scene.items[place], world, field)
     return scene, change(scene, place, **{field: str(values[draw.integers(len(values))])}), ()
 
-def replace_object(scene, world, draw): return replace_one(scene, world, draw, "name")
+def replace_object(scene, world, draw):
+    "Give one item another name"
+    return replace_one(scene, world, draw, "name")
 
 def replace_attribute(scene, world, draw):
+    "Give one item another colour or fill, among those that captions name"
     named = [field for field in ("color", "fill") if field in named_attributes(world)]
     return replace_one(scene, world, draw, named[draw.integers(len(named))]) if named else None
 
