@@ -143,13 +143,18 @@ def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     found = json.loads((tmp_path / "bind.json").read_text())
     assert {"scorer", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0])
     assert all(row["low"] <= row["value"] <= row["high"] for row in found["rows"]) and "versions" in found["run"] and "seed" in found["run"]
+    assert set(found["run"]["checkpoints"]) >= {"contrastive", "vlm"} and "weights" not in found["run"] and found["run"]["command"].startswith("vugen bind") and str(smoke) not in json.dumps(found)
     assert call("probe", "--encoder", "contrastive", "--limit", 60, "--json", tmp_path / "probe.json", "--root", smoke) == 0
     assert {"encoder", "suite", "category", "metric", "readout", "value", "low", "high", "n", "chance"} <= set(json.loads((tmp_path / "probe.json").read_text())["rows"][0])
+    shown = capsys.readouterr().err
+    assert "contrastive ViT, attention on the tokens: 20/20" in shown and "contrastive ViT, untrained, pictures: 105/105" in shown
 
 
 def test_evaluate_judges_generated_pictures_and_compares_folders(smoke, tmp_path, capsys):
     assert call("generate", PROMPT, "a green star", "--steps", 2, "--out", tmp_path / "drawn", "--root", smoke) == 0
     assert call("evaluate", tmp_path / "drawn", "--reference", tmp_path / "drawn", "--json", tmp_path / "rows.json", "--root", smoke) == 0
+    shown = capsys.readouterr().err
+    assert all(each in shown for each in ("reading pictures: 2/2", "generated pictures: 2/2", "rendered scenes: 500/500", "features: 2/2"))
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {"generated", "generated, prompts shuffled", "rendered"} <= {row["images"] for row in rows}
     psnr, frechet = [row for row in rows if row["metric"] == "PSNR"], [row for row in rows if row["metric"].startswith("Fréchet")]
@@ -177,7 +182,7 @@ def test_describe_prints_json_without_weights(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["preset"] == "tiny" and found["memory_gib"] > 0
     assert all({"name", "parameters", "trainable", "gflops_per_image"} <= set(part) for part in found["parts"])
-    assert sum(part["trainable"] for part in found["parts"]) < 10_000_000
+    assert sum(part["trainable"] for part in found["parts"]) < 12_000_000
     assert {"contrastive", "decoder", "lit", "vlm", "generator"} <= {stage["stage"] for stage in found["stages"]} | set(found["notes"])
 
 
@@ -293,6 +298,8 @@ MISTAKES = {
     "out below a file": ("generate a_red_circle --out {picture}/deep/out --root {smoke}", "scene.png is a file"),
     "no such device": ("generate a_red_circle --device toaster --out {out} --root {smoke}", "toaster"),
     "device without memory": ("generate a_red_circle --device meta --out {out} --root {smoke}", "'meta'"),
+    "device without memory, bind": ("bind --device meta --root {smoke}", "'meta'"),
+    "device without memory, probe": ("probe --device meta --root {smoke}", "'meta'"),
     "graphics card that is not there": ("generate a_red_circle --device cuda:99 --out {out} --root {smoke}", "GPU"),
     "no such suite": ("bind --suite soup --root {smoke}", "soup"),
     "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),

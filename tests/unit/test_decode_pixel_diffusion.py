@@ -117,6 +117,21 @@ def test_relative_bias_depends_on_the_offset_only():
     assert index.unique().numel() == 25
 
 
+def test_the_index_of_the_relative_bias_is_made_once_and_serves_training_too(monkeypatch):
+    from vugen.decode import pixel_diffusion
+    made, real = [], pixel_diffusion.relative_index
+    monkeypatch.setattr(pixel_diffusion, "relative_index", lambda *sizes: made.append(sizes) or real(*sizes))
+    pixel_diffusion.kept_index.cache_clear()
+    attention, x = RelativeAttention(16, 4, window=4), torch.randn(2, 12, 16)
+    with torch.inference_mode(): before = attention(x, (3, 4))
+    for _ in range(3): assert torch.equal(attention(x, (3, 4)), before)
+    torch.nn.init.normal_(attention.out.weight)
+    attention(x, (3, 4)).square().sum().backward()
+    assert attention.bias.grad.abs().sum() > 0 and made == [(3, 4, 4)]
+    attention(torch.randn(2, 9, 16), (3, 3))
+    assert made == [(3, 4, 4), (3, 3, 4)]
+
+
 def test_attention_with_equal_bias_equals_plain_attention():
     torch.manual_seed(0)
     attention = RelativeAttention(16, 4, window=4)

@@ -8,7 +8,7 @@ import torch
 from vugen.data.foils import FOIL_KINDS
 from vugen.data.scenes import World
 from vugen.errors import UserError
-from vugen.understand.benchmarks import CHANCE, ONE_WAY, BindingItem, Pivot, Suite, SuiteResult, plot_rows, run_bind, run_record, run_suite, save_records, scene_suite, winoground_scores
+from vugen.understand.benchmarks import CHANCE, ONE_WAY, BindingItem, Pivot, Suite, SuiteResult, plot_rows, run_bind, run_suite, save_records, scene_suite, winoground_scores
 from vugen.understand.scorers import BagOfWordsScorer, PairScorer, PerfectScorer, RandomScorer, WordSpotter, word_shuffled
 
 
@@ -174,11 +174,17 @@ def test_bad_requests_are_one_sentence(arguments, words, tmp_path):
     with pytest.raises(UserError, match=words): run_bind(**{**root, **arguments})
 
 
-def test_run_record_names_weights(tmp_path):
+def test_bind_puts_scorers_on_the_device_and_records_it(tmp_path, monkeypatch):
+    from vugen.understand import benchmarks
+    from vugen.understand.scorers import RandomScorer
     (tmp_path / "vlm").mkdir()
     (tmp_path / "vlm" / "model.safetensors").write_bytes(b"weights")
-    record = run_record(tmp_path, seed=4)
-    assert record["seed"] == 4 and list(record["weights"]) == ["vlm"] and len(record["weights"]["vlm"]) == 16 and "torch" in record["versions"]
+    (tmp_path / "vlm" / "run.json").write_text(json.dumps({"world": World().asdict()}))
+    asked = []
+    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names, device: asked.append(str(device)) or {"random": RandomScorer()})
+    run = run_bind(root=tmp_path, limit=1, seed=4, device=torch.device("cpu"), command="vugen bind")["run"]
+    assert asked == ["cpu"] and run["device"] == "cpu" and run["command"] == "vugen bind" and run["seed"] == 4
+    assert list(run["checkpoints"]) == ["vlm"] and "weights" not in run and "torch" in run["versions"]
 
 
 def test_a_world_that_allows_no_swap_is_refused():

@@ -197,10 +197,16 @@ def test_run_probe_on_a_saved_encoder(tmp_path):
     torch.manual_seed(5)
     ContrastiveModel(world_words(world), patch_size=8, hidden_size=16, num_layers=1, num_heads=2, text_hidden_size=16, text_layers=1, projection_dim=8).save_pretrained(tmp_path / "contrastive")
     (tmp_path / "contrastive" / "run.json").write_text(json.dumps({"world": world.asdict()}))
-    found = run_probe("contrastive", root=tmp_path, limit=80, seed=1)
+    told = []
+    found = run_probe("contrastive", root=tmp_path, limit=80, seed=1, progress=lambda *words: told.append(words), command="vugen probe")
     json.dumps(found)
     assert {row["encoder"] for row in found["rows"]} == {"contrastive ViT", "contrastive ViT, labels shuffled", "contrastive ViT, untrained"}
     assert any(row["readout"] == "linear on the score's own vector" for row in found["rows"]) and found["run"]["seed"] == 1
+    assert {what.split(", ", 1)[1] for what, _, _ in told if what.startswith("contrastive ViT, ")} >= {"pictures", "linear on the pooled vector", "attention on the tokens"}
+    assert {(done, total) for what, done, total in told if what == "contrastive ViT, pictures"} == {(128, 140), (140, 140)} and all(0 < done <= total for _, done, total in told)
+    assert found["run"]["command"] == "vugen probe" and list(found["run"]["checkpoints"]) == ["contrastive"] and found["run"]["device"] == "cpu"
+    placed, _, other = load_encoder("contrastive", tmp_path, torch.device("meta"))
+    assert {part.device.type for model in (placed, other) for part in model.parameters()} == {"meta"}
     trained, _, twin = load_encoder("contrastive", tmp_path)
     assert not torch.equal(trained.patch_embedding.weight, twin.vision.patch_embedding.weight)
     with pytest.raises(UserError, match="40"): run_probe(root=tmp_path, limit=10)

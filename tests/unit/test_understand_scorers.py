@@ -142,6 +142,11 @@ def test_scorers_from_a_folder(tmp_path, contrastive, vlm, samples):
     assert isinstance(loaded["bag-of-words"].score(samples["images"], samples["captions"]), torch.Tensor)
 
 
+def test_scorers_are_put_on_the_device_that_is_asked_for(tmp_path, contrastive, vlm):
+    loaded = load_scorers(saved(tmp_path, contrastive, vlm), "all", torch.device("meta"))
+    assert {part.device.type for name in ("contrastive", "likelihood") for part in getattr(loaded[name], {"contrastive": "model"}.get(name, "vlm")).parameters()} == {"meta"}
+
+
 def test_missing_parts_are_named(tmp_path, contrastive, vlm):
     root = saved(tmp_path, contrastive, vlm)
     with pytest.raises(UserError, match="generator"): load_scorers(root, "denoising")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'match_grid', 'zero_init', 'group_norm', 'scale_shift', 'ContextModulation', 'ResBlock', 'relative_index',
-           'RelativeAttention', 'GEGLU', 'GridBlock', 'GridTransformer', 'DownPath', 'skip_widths', 'UpPath',
-           'linear_velocity', 'noise_for', 'upsampling_factor', 'square_grid', 'latent_map', 'to_signed', 'to_unit',
-           'context_layers', 'Conditioning', 'UViT', 'with_estimates', 'LatentStretch', 'PixelDiffusionDecoder',
-           'build_size', 'describe_sizes', 'gflops_per_image']
+           'kept_index', 'RelativeAttention', 'GEGLU', 'GridBlock', 'GridTransformer', 'DownPath', 'skip_widths',
+           'UpPath', 'linear_velocity', 'noise_for', 'upsampling_factor', 'square_grid', 'latent_map', 'to_signed',
+           'to_unit', 'context_layers', 'Conditioning', 'UViT', 'with_estimates', 'LatentStretch',
+           'PixelDiffusionDecoder', 'build_size', 'describe_sizes', 'gflops_per_image']
 
 # %% ../../nbs/decode/pixel_diffusion.ipynb #db5db0a8
 import itertools
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -98,6 +99,11 @@ def relative_index(height: int, width: int, window: int) -> torch.Tensor:
     dy, dx = (places[:, :, None] - places[:, None, :]).clamp(1 - window, window - 1) + window - 1
     return dy * (2 * window - 1) + dx
 
+@lru_cache(maxsize=64)
+def kept_index(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
+    "`relative_index` on a device, made once; not to be changed in place."
+    with torch.inference_mode(False): return relative_index(height, width, window).to(device)  # training may read it later
+
 # %% ../../nbs/decode/pixel_diffusion.ipynb #38e664d0
 class RelativeAttention(nn.Module):
     "Multi-head self-attention over a grid with a learned relative position bias."
@@ -110,7 +116,8 @@ class RelativeAttention(nn.Module):
     def forward(self, x, grid):
         "`x` [B,N,dim] on `grid` (height, width) → [B,N,dim]."
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.bias[relative_index(*grid, self.window).to(x.device)].permute(2, 0, 1)
+        index = relative_index(*grid, self.window).to(x.device) if torch.compiler.is_compiling() else kept_index(*grid, self.window, x.device)
+        bias = self.bias[index].permute(2, 0, 1)
         mixed = attend(q, k, v, bias.to(q.dtype)[None])
         return self.out(mixed.transpose(1, 2).flatten(2))
 

@@ -52,10 +52,14 @@ def extract_features(
     extractor: Callable, # images [B, 3, H, W] → [B, D], or a VisionEncoder, whose pooled vector is taken
     images: torch.Tensor, # [N, 3, H, W] in [0, 1]
     batch_size: int = 64, # images at a time
+    progress: Callable | None = None, # called with (images read, images in all)
 ) -> np.ndarray: # [N, D] float64
     "Features of a set of images"
-    outputs = [extractor(part) for part in images.split(batch_size)]
-    vectors = [getattr(output, "pooled", output) for output in outputs]
+    vectors = []
+    for part in images.split(batch_size):
+        output = extractor(part)
+        vectors.append(getattr(output, "pooled", output))
+        if progress: progress(min(len(vectors) * batch_size, len(images)), len(images))
     return torch.cat(vectors).double().cpu().numpy()
 
 # %% ../../nbs/evaluate/fidelity.ipynb #14bb4d57
@@ -63,9 +67,10 @@ def frechet_row(
     extractor: Callable, # as in `extract_features`, with a `name`
     images: torch.Tensor, # [N, 3, H, W] in [0, 1]
     reference: torch.Tensor, # [M, 3, H, W] in [0, 1]
+    progress: Callable | None = None, # of `extract_features`, for each set
 ) -> dict: # metric, value, n
     "Fréchet distance of two sets of images, named after its extractor"
     name = getattr(extractor, "name", None)
     if not name: raise UserError("the feature extractor has no `name`: give it one, because the score is called after it.")
-    distance = frechet_distance(extract_features(extractor, images), extract_features(extractor, reference))
+    distance = frechet_distance(*(extract_features(extractor, part, progress=progress) for part in (images, reference)))
     return {"metric": f"Fréchet-{name}", "value": distance, "n": len(images)}

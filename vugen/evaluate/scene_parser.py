@@ -244,11 +244,15 @@ def parse_images(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1]
     threshold: float = THRESHOLD, # least score of an object
     batch_size: int = 256, # pictures at a time
+    progress=None, # called with (pictures parsed, pictures in all)
 ) -> list[list[ParsedObject]]: # one list a picture, the surest object first
     "Read pictures into objects"
     if images.ndim != 4 or images.shape[1] != 3: raise UserError(f"pictures of shape {tuple(images.shape)} cannot be parsed: give [B, 3, H, W].")
-    device = next(parser.parameters()).device
-    return [objects for part in images.split(batch_size) for objects in _parse_batch(parser, part.to(device).float(), threshold)]
+    device, found = next(parser.parameters()).device, []
+    for part in images.split(batch_size):
+        found += _parse_batch(parser, part.to(device).float(), threshold)
+        if progress: progress(len(found), len(images))
+    return found
 
 def _parse_batch(parser, images, threshold):
     training = parser.training
@@ -351,12 +355,13 @@ def prompt_accuracy(
     images: torch.Tensor, # [B, 3, H, W] in [0, 1]
     prompts: list[str], # B captions of the grammar
     /, # so that a column may be called `images`
+    progress=None, # of `parse_images`
     **columns, # further columns of every row
 ) -> list[dict]: # rows with 95% intervals
     "Share of pictures that show what their prompt says"
     if len(images) != len(prompts): raise UserError(f"{len(images)} pictures cannot be checked against {len(prompts)} prompts: give one prompt a picture.")
     told = [parse(prompt) for prompt in prompts]
-    return accuracy_rows([check(parsed, facts_) for parsed, facts_ in zip(parse_images(parser, images), told)], **columns)
+    return accuracy_rows([check(parsed, facts_) for parsed, facts_ in zip(parse_images(parser, images, progress=progress), told)], **columns)
 
 # %% ../../nbs/evaluate/scene_parser.ipynb #0a52e756
 def shuffled_accuracy(
@@ -384,11 +389,12 @@ def parser_accuracy(
     seed: int, # of the scenes
     indices, # their numbers
     spoil=None, # images [B, 3, H, W] → images, to see what it withstands
+    progress=None, # of `parse_images`
     **columns, # further columns of every row
 ) -> list[dict]: # rows with 95% intervals
     "Share of rendered scenes that are parsed right: the judge's own score"
     from vugen.data.scenes import batch
     made = batch(world, seed, list(indices))
     images = spoil(made["images"]) if spoil else made["images"]
-    verdicts = [check(parsed, full_facts(scene, world)) for parsed, scene in zip(parse_images(parser, images), made["scenes"])]
+    verdicts = [check(parsed, full_facts(scene, world)) for parsed, scene in zip(parse_images(parser, images, progress=progress), made["scenes"])]
     return accuracy_rows(verdicts, **columns)

@@ -22,8 +22,8 @@ from ..models.flow import dimension_shift, euler, interpolate, velocity_target, 
 from ..models.saving import CONFIG_FILE, PretrainedMixin, building, fingerprint, load_weights, read_config
 
 # %% auto #0
-__all__ = ['check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage', 'generator_folder', 'part_folder',
-           'published_or_beside', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
+__all__ = ['check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage', 'generator_folder', 'vlm_folder',
+           'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
 
 # %% ../../nbs/generate/text_to_image.ipynb #3572c446
 def check_prompts(
@@ -144,10 +144,10 @@ class TextToImage(nn.Module, PretrainedMixin):
         config = read_config(folder)
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
         with building(folder / CONFIG_FILE, cls.__name__): model = cls(**{**config, **overrides})
-        vlm = vlm or load_adapter(published_or_beside(folder, model.config["vlm"], "vlm"), config.get("image_size"))
-        of = lambda part: part_folder(folder, model.config[part], "decoder")
-        if model.config["space"] == "vae": parts = dict(vae=vae or load_vae(published_or_beside(folder, model.config["vae"], "vae")))
-        else: parts = dict(reducer=reducer or load_reducer(of("reducer")), pixel_decoder=pixel_decoder or load_pixel_decoder(of("pixel_decoder")))
+        of = lambda part, stage: vlm_folder(folder, model.config[part], stage)
+        vlm = vlm or load_adapter(of("vlm", "vlm"), config.get("image_size"))
+        if model.config["space"] == "vae": parts = dict(vae=vae or load_vae(of("vae", "vae")))
+        else: parts = dict(reducer=reducer or load_reducer(of("reducer", "decoder")), pixel_decoder=pixel_decoder or load_pixel_decoder(of("pixel_decoder", "decoder")))
         with building(folder / CONFIG_FILE, cls.__name__): model.attach(vlm, **parts)
         load_weights(model, folder)
         return model.eval()
@@ -198,24 +198,17 @@ def generator_folder(
     folder = Path(name).expanduser()
     return folder / "generator" if (folder / "generator").is_dir() else folder
 
-def part_folder(
+def vlm_folder(
     folder: Path, # of the generator
-    name: str, # of the part: a folder relative to the generator's own
-    stage: str, # that trains it
-) -> Path:
-    "The folder of a part of a generator; a `UserError` that tells how to train it where there is none"
+    name: str, # of the VLM, or of another part, as the generator's configuration has it
+    stage: str = "vlm", # that trains the part
+) -> Path | str:
+    "A folder relative to the generator's own, or a hub id such as `facebook/Perception-LM-1B` if there is none; a `UserError` that tells how to train the part where a folder holds no model"
     beside = (folder / name).resolve()
+    if name.count("/") == 1 and not name.startswith(".") and not beside.is_dir(): return name
     if not (beside / CONFIG_FILE).is_file(): raise UserError(f"{beside} holds no trained model, and the generator beside it needs one: train it with `vugen train {stage} --root {folder.resolve().parent}`.")
     return beside
 
-def published_or_beside(
-    folder: Path, # of the generator
-    name: str, # of the VLM or the VAE as the generator's configuration has it
-    stage: str, # that trains it
-) -> Path | str:
-    "A folder relative to the generator's own, or a hub id such as `facebook/Perception-LM-1B` if there is none"
-    hub = name.count("/") == 1 and not name.startswith(".") and not (folder / name).is_dir()
-    return name if hub else part_folder(folder, name, stage)
 
 def load_pixel_decoder(
     folder: str | Path, # of a saved `PixelDiffusionDecoder`

@@ -237,7 +237,7 @@ class SceneVLM(nn.Module, PretrainedMixin):
     def save_pretrained(self,
         folder: str | Path, # made if needed
     ) -> Path:
-        "Write `config.json`, `model.safetensors` (projector and language model) and `tokenizer.json`"
+        "Write `config.json`, `model.safetensors` (projector and language model) and, for other programs, `tokenizer.json`: this one rebuilds it from the words in `config.json`"
         self.tokenizer.save(super().save_pretrained(folder))
         return Path(folder)
 

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Optional
 
@@ -21,32 +21,21 @@ from .bench import Bench
 from ..paths import atomic_path, checkpoints_dir
 
 # %% auto #0
-__all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS',
-           'checkpoint_fingerprints', 'run_record', 'write_json', 'check_target', 'delivery', 'root_of', 'pick_device',
-           'show_rows', 'sentence', 'check_number', 'check_captions', 'check_prompts', 'stage_class', 'Train',
-           'Generate', 'check_generate', 'generator_in', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
-           'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
-           'Classify', 'classify_rows', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers',
-           'world_size', 'seen_size', 'Bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
-           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play',
-           'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
-
-# %% ../../nbs/lab/cli.ipynb #054405cb
-def checkpoint_fingerprints(root):  # folder that holds one folder a trained part
-    "{part: 16 hex digits over its weight files} for every trained part."
-    def digest(folder):
-        total = hashlib.sha256()
-        for path in sorted(folder.rglob("*.safetensors")): total.update(path.relative_to(folder).as_posix().encode()); total.update(path.read_bytes())
-        return total.hexdigest()[:16]
-    folders = sorted(path for path in Path(root).glob("[!.]*") if path.is_dir()) if Path(root).is_dir() else []
-    return {folder.name: digest(folder) for folder in folders if any(folder.rglob("*.safetensors"))}
+__all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS', 'run_record',
+           'write_json', 'check_target', 'delivery', 'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number',
+           'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
+           'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'compare_verb',
+           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
+           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report',
+           'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in',
+           'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json',
+           'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
-    "How a measurement came about: command, seed, device, versions, revision and the weights it used."
-    from vugen.train.cards import environment
-    weights = {"checkpoints": checkpoint_fingerprints(root)} if root else {}
-    return {"command": command, "seed": seed, **environment(device), **weights, **more}
+    "How a measurement came about, see `vugen.evaluate.records.run_record`; nothing heavy is imported before it is called."
+    from vugen.evaluate.records import run_record
+    return run_record(command, seed, root, device, **more)
 
 
 def write_json(target, content):  # target: a file, or "-" for standard output
@@ -272,11 +261,16 @@ def read_pictures(paths):  # paths of image files
     return [load_image(path) for path in paths]
 
 
-def read_images(paths, size):
-    "Pictures as [B, 3, size, size] in [0, 1], cut to the square in their middle."
+def read_images(paths, size, progress=None, what="reading pictures"):  # progress: `Counter`, told of what
+    "Pictures as [B, 3, size, size] in [0, 1], cut to the square in their middle; only one is held at its own size."
     import torch
     from vugen.data.images import to_tensor
-    return torch.cat([to_tensor(picture, size) for picture in read_pictures(list(paths))])
+    paths, images = list(paths), []
+    if not paths: read_pictures(paths)
+    for path in paths:
+        images.append(to_tensor(read_pictures([path])[0], size))
+        if progress: progress(what, len(images), len(paths))
+    return torch.cat(images)
 
 # %% ../../nbs/lab/cli.ipynb #0eb44bd0
 RECONSTRUCTIONS = {"learned": "decoder", "pca": "decoder-pca"}
@@ -413,11 +407,9 @@ def show_notes(notes):  # {what is missing: why}
 def place_scorers(root, names, device, seed):  # seed: of the noise, for scorers that have some
     "Scorers of trained checkpoints on a device."
     from vugen.understand.scorers import load_scorers
-    scorers = load_scorers(root, names)
+    scorers = load_scorers(root, names, device)
     for scorer in scorers.values():
         if hasattr(scorer, "seed"): scorer.seed = seed
-        for part in vars(scorer).values():
-            if hasattr(part, "parameters"): part.to(device)
     return scorers
 
 
@@ -441,13 +433,14 @@ class Bind:
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the items: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
+    device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
         check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
-        root = root_of(self.root)
+        root, device = root_of(self.root), pick_device(self.device)
         from vugen.understand.benchmarks import run_bind
-        found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter())
-        report(self.json, found["rows"], {**run_record(command, self.seed, root), **found["run"], "command": command})
+        found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter(), device=device, command=command)
+        report(self.json, found["rows"], found["run"])
 
 # %% ../../nbs/lab/cli.ipynb #57dd4806
 class Counter:
@@ -481,13 +474,14 @@ class Probe:
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the scenes: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
+    device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
         check_number("--limit", self.limit, 40); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
-        root = root_of(self.root)
+        root, device = root_of(self.root), pick_device(self.device)
         from vugen.understand.probes import run_probe
-        found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed)
-        report(self.json, long_rows(found["rows"]), {**run_record(command, self.seed, root), **found["run"], "command": command})
+        found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed, progress=Counter(), device=device, command=command)
+        report(self.json, long_rows(found["rows"]), found["run"])
 
 # %% ../../nbs/lab/cli.ipynb #accf308f
 def long_rows(rows):  # of `run_probe`
@@ -541,12 +535,12 @@ def prompt_rows(folder, prompts, root, device):
     from dataclasses import replace
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
     from vugen.understand.scorers import world_of
-    parser = SceneParser.from_pretrained(root / "parser").to(device)
-    images = read_images([Path(folder) / name for name in prompts], parser.image_size).to(device)
+    parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
+    images = read_images([Path(folder) / name for name in prompts], parser.image_size, counter).to(device)
     asked = list(prompts.values())
-    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked)]
-    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others)]
-    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered")
+    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
+    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
+    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
 
 # %% ../../nbs/lab/cli.ipynb #b3d9dfee
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -566,13 +560,14 @@ def reference_rows(folder, reference, device, size=128):
     from vugen.encode.encoders import EfficientNetLite0
     from vugen.evaluate.fidelity import frechet_row, mean_psnr
     ours, theirs = pictures_in(folder), pictures_in(reference)
-    images, originals = read_images(ours.values(), size), read_images(theirs.values(), size)
+    counter = Counter()
+    images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
     shared = [name for name in ours if name in theirs]
     rows = []
     if shared:
         places = [list(ours).index(name) for name in shared], [list(theirs).index(name) for name in shared]
         rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
-    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device))})
+    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
     return rows
 
 # %% ../../nbs/lab/cli.ipynb #92d8c3fb

@@ -171,6 +171,8 @@ class ContrastiveStage:
         return [*probe_rows(module.vision, world, seed, number), *binding_rows(module, world, seed, number), *retrieval]
 
 # %% ../../nbs/train/contrastive.ipynb #11189169
-def main(): stage_main(ContrastiveStage)
+def main():
+    "The program `python -m vugen.train.contrastive`"
+    stage_main(ContrastiveStage)
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not inside a notebook

@@ -215,6 +215,8 @@ class LiTStage:
         return [*named, *retrieval_rows(module, world, seed, number), *foil_rows(module, world, seed, number)]
 
 # %% ../../nbs/train/lit.ipynb #a7a65148
-def main(): stage_main(LiTStage)
+def main():
+    "The program `python -m vugen.train.lit`"
+    stage_main(LiTStage)
 
 if __name__ == "__main__" and "__file__" in globals(): main()  # not inside a notebook

@@ -5,11 +5,7 @@
 # %% ../../nbs/understand/benchmarks.ipynb #a1668c9c
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +17,13 @@ from ..data.foils import FOIL_KINDS, make_foil
 from ..data.scenes import World, render, to_float
 from ..errors import UserError
 from ..evaluate.intervals import wilson
+from ..evaluate.records import run_record
 from ..paths import atomic_path
 from .scorers import Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
 __all__ = ['CHANCE', 'SUITE_SEED', 'ONE_WAY', 'SUITES', 'winoground_scores', 'BindingItem', 'Suite', 'scene_suite', 'SuiteResult',
-           'save_records', 'run_suite', 'Pivot', 'plot_rows', 'run_record', 'run_bind']
+           'save_records', 'run_suite', 'Pivot', 'plot_rows', 'run_bind']
 
 # %% ../../nbs/understand/benchmarks.ipynb #2dbd5f38
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "pair": 1 / 2, "group_match": 1 / 2}
@@ -203,20 +200,6 @@ def plot_rows(
     axis.legend(frameon=False, fontsize=7, ncol=4, loc="lower left", bbox_to_anchor=(0, 1)); axis.figure.tight_layout()
     return axis
 
-# %% ../../nbs/understand/benchmarks.ipynb #ffba1f2e
-def _checksum(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-def run_record(
-    root: str | Path | None = None,  # folder of checkpoints that were used
-    **settings,  # command, seed, limits …
-) -> dict:
-    "What is needed to repeat a measurement: settings, package versions, and checksums of the weights"
-    packages = ("torch", "transformers", "numpy", "safetensors", "vugen")
-    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    record = {**settings, "versions": {"python": platform.python_version(), **versions}}
-    if root is not None: record["weights"] = {str(path.parent.relative_to(root)): _checksum(path) for path in sorted(Path(root).glob("**/model.safetensors"))}
-    return record
-
 # %% ../../nbs/understand/benchmarks.ipynb #79fce20f
 SUITES = ("scenes",)
 
@@ -228,16 +211,18 @@ def run_bind(
     seed: int = 0,  # of the items
     items: str | Path | None = None,  # .json or .parquet file for the scores of every item
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
+    device: str | torch.device = "cpu",  # where the scorers are put
+    command: str = "bind",  # for the record
 ) -> dict:  # {"run": …, "rows": […]}
     "Trained scorers on a binding suite of the world's test split: long-form rows with 95% intervals"
     if suite not in SUITES: raise UserError(f"there is no suite {suite!r}: choose among {', '.join(SUITES)}.")
     if limit < 1: raise UserError(f"limit is {limit}: give at least 1 item of each kind.")
     parts = Parts(root)
-    loaded = load_scorers(parts, scorers)
+    loaded = load_scorers(parts, scorers, device)
     world = replace(parts.world, split="test")
     made = scene_suite(world, n=limit, seed=seed)
     results = [run_suite(scorer, made, progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None) for name, scorer in loaded.items()]
     if items: save_records([record for result in results for record in result.records()], items)
     left_out = [name for name in scorer_names("all") if name not in loaded] if scorers == "all" else []
-    run = run_record(parts.root, command="bind", suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, seed=seed, world=world.asdict())
+    run = run_record(command, seed, parts.root, device, suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, world=world.asdict())
     return {"run": run, "rows": [row for result in results for row in result.rows()]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional
 from ..data.scenes import CONVERSE, World, batch, probe_targets
 from ..errors import UserError
 from ..evaluate.intervals import wilson
+from ..evaluate.records import run_record
 
 # %% auto #0
 __all__ = ['PENALTIES', 'PROBE_SEED', 'READOUTS', 'USED_BY', 'BAG_OF_ATOMS', 'ProbeTask', 'chance_level', 'joint_loss',
@@ -108,15 +110,17 @@ def linear_probe(
     features: Sequence[torch.Tensor],  # train, validation and test features, each [n, D]
     tasks: Sequence[Sequence[ProbeTask]],  # the same questions on the three sets
     penalties: Sequence[float] = PENALTIES,  # λ to choose from, the strongest first
+    progress: Callable | None = None,  # called with (penalties tried, penalties in all)
 ) -> list[torch.Tensor]:  # for each task: which test answers are right
     "Logistic probes of all tasks; each task's penalty is the one that its validation scenes like best (the stronger of equals)"
     train, *held_out = standardise(*features)
     best, answers, start = [None] * len(tasks[0]), [None] * len(tasks[0]), None
-    for penalty in penalties:
+    for number, penalty in enumerate(penalties, 1):
         start = fit_logistic(train, tasks[0], penalty, start)
         validation, test = (hits(part @ start[0] + start[1], questions) for part, questions in zip(held_out, tasks[1:], strict=True))
         for index, right in enumerate(validation):
             if _better(right.double().mean().item(), best[index]): best[index], answers[index] = right.double().mean().item(), test[index]
+        if progress: progress(number, len(penalties))
     return answers
 
 # %% ../../nbs/understand/probes.ipynb #15cdea36
@@ -157,6 +161,7 @@ def attention_probe(
     learning_rate: float = 2e-2,
     num_queries: int = 2,  # queries a task
     seed: int = 0,  # of initialisation and order
+    progress: Callable | None = None,  # called with (epochs done, epochs in all)
 ) -> list[torch.Tensor]:  # for each task: which test answers are right
     "Attention probes of all tasks, each with the weights of its best validation epoch"
     train, validation, test = standardise(*tokens)
@@ -164,12 +169,13 @@ def attention_probe(
     optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator, best, answers = torch.Generator().manual_seed(seed), [None] * len(tasks[0]), [None] * len(tasks[0])
-    for _ in range(epochs):
+    for number in range(1, epochs + 1):
         _epoch(probe, optimizer, train, tasks[0], batch_size, generator)
         schedule.step()
         with torch.no_grad(): found, test_hits = hits(probe(validation), tasks[1]), hits(probe(test), tasks[2])
         for index, right in enumerate(found):
             if _better(right.double().mean().item(), best[index]): best[index], answers[index] = right.double().mean().item(), test_hits[index]
+        if progress: progress(number, epochs)
     return answers
 
 # %% ../../nbs/understand/probes.ipynb #6c32c172
@@ -238,12 +244,15 @@ def extract(
     images: torch.Tensor,  # [n, 3, H, W] in [0, 1]
     vectors: dict[str, Callable] | None = None,  # further readouts: name → function from images to [B, D]
     batch_size: int = 128,
+    progress: Callable | None = None,  # called with (pictures read, pictures in all)
 ) -> dict[str, torch.Tensor]:  # readout → [n, D]; "tokens" → [n, N, D]
     "What an encoder gives for pictures: pooled vector, mean of the tokens, the tokens, and further vectors"
     parts, weight = [], next(iter(encoder.parameters()), images) if hasattr(encoder, "parameters") else images
-    for chunk in images.to(weight.device).split(batch_size):
+    for chunk in images.split(batch_size):
+        chunk = chunk.to(weight.device)
         patches = encoder(chunk)
         parts.append({"pooled vector": patches.pooled, "mean token": patches.tokens.mean(1), **{name: read(chunk) for name, read in (vectors or {}).items()}, "tokens": patches.tokens})
+        if progress: progress(min(len(parts) * batch_size, len(images)), len(images))
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
 
 # %% ../../nbs/understand/probes.ipynb #6ef99291
@@ -318,14 +327,17 @@ def probe_encoder(
     name: str | None = None,  # in the table; the encoder's own if none
     readouts: Sequence[str] | None = None,  # some of the keys of `extract`; all if none
     vectors: dict[str, Callable] | None = None,  # further vectors to read, see `extract`
+    progress: Callable | None = None,  # called with (what, done, in all)
 ) -> list[dict]:  # rows: encoder, target, readout, value, low, high, n, chance
     "Linear and attention probes of every attribute and relation, with 95% intervals (Wilson; the questions of a target count as independent)"
     data = data or probe_data(world or World(), n_train, n_test, seed)
-    features = _distinct(extract(encoder, data.images, vectors))
-    rows = []
+    name = name or encoder.name
+    tell = lambda what: (lambda done, total: progress(f"{name}, {what}", done, total)) if progress else None
+    features, rows = _distinct(extract(encoder, data.images, vectors, progress=tell("pictures"))), []
     for key in readouts or features:
-        answers = (attention_probe(data.split(features[key]), data.questions(), seed=seed) if key == "tokens" else linear_probe(data.split(features[key]), data.questions()))
-        rows += _rows(name or encoder.name, READOUTS.get(key, f"linear on the {key}"), data, answers)
+        probe = partial(attention_probe, seed=seed) if key == "tokens" else linear_probe
+        readout = READOUTS.get(key, f"linear on the {key}")
+        rows += _rows(name, readout, data, probe(data.split(features[key]), data.questions(), progress=tell(readout)))
     return rows
 
 # %% ../../nbs/understand/probes.ipynb #19d88123
@@ -391,17 +403,18 @@ def _untrained(model, seed: int = 0):
 def load_encoder(
     name: str = "contrastive",  # "contrastive" (under `root`), "efficientnet-lite0", or a folder or hub id that transformers can load
     root: str | Path | None = None,  # folder of checkpoints; none is the embedded `tiny` one
+    device: str | torch.device = "cpu",  # where the encoder is put
 ) -> tuple:  # encoder, further readouts, untrained twin or None
     "A vision encoder by name, with what else can be read from it"
     from vugen.understand.scorers import Parts
     if name == "contrastive":
-        model = Parts(root).contrastive
-        return model.vision, {"score's own vector": model.encode_image}, _untrained(model)
+        model = Parts(root).contrastive.to(device)
+        return model.vision, {"score's own vector": model.encode_image}, _untrained(model).to(device)
     if name == "efficientnet-lite0":
         from vugen.encode.encoders import EfficientNetLite0
-        return EfficientNetLite0(), None, None
+        return EfficientNetLite0().to(device), None, None
     from vugen.encode.encoders import FrozenEncoder
-    return FrozenEncoder.from_pretrained(name), None, None
+    return FrozenEncoder.from_pretrained(name).to(device), None, None
 
 # %% ../../nbs/understand/probes.ipynb #74eafc5c
 def run_probe(
@@ -410,15 +423,17 @@ def run_probe(
     limit: int = 2000,  # training scenes; half as many are tested
     seed: int = 0,  # of scenes and probes
     references: bool = True,  # also the untrained encoder and the shuffled labels
+    progress: Callable | None = None,  # called with (what, done, in all)
+    device: str | torch.device = "cpu",  # where the encoder is put; probes are fitted on the CPU
+    command: str = "probe",  # for the record
 ) -> dict:  # {"run": …, "rows": […]}
     "Probe a trained encoder for every attribute and relation of its world, with its references"
-    from vugen.understand.benchmarks import run_record
     from vugen.understand.scorers import world_of
     if limit < 40: raise UserError(f"a probe cannot be trained on {limit} scenes: give at least 40.")
-    vision, vectors, twin = load_encoder(encoder, root)
+    vision, vectors, twin = load_encoder(encoder, root, device)
     data = probe_data(world_of(root), limit, max(limit // 2, 1), seed)
-    rows = probe_encoder(vision, data=data, seed=seed, vectors=vectors)
+    rows = probe_encoder(vision, data=data, seed=seed, vectors=vectors, progress=progress)
     if references:
-        rows += probe_encoder(vision, data=shuffled(data, seed), seed=seed, name=f"{vision.name}, labels shuffled", readouts=["pooled vector"])
-        if twin is not None: rows += probe_encoder(twin.vision, data=data, seed=seed)
-    return {"run": run_record(command="probe", encoder=encoder, limit=limit, seed=seed), "rows": rows}
+        rows += probe_encoder(vision, data=shuffled(data, seed), seed=seed, name=f"{vision.name}, labels shuffled", readouts=["pooled vector"], progress=progress)
+        if twin is not None: rows += probe_encoder(twin.vision, data=data, seed=seed, progress=progress)
+    return {"run": run_record(command, seed, root, device, encoder=encoder, limit=limit), "rows": rows}

@@ -368,8 +368,12 @@ def scorer_names(
 def load_scorers(
     root: str | Path | Parts | None = None,  # folder of checkpoints; none is the embedded `tiny` one
     names: str | Sequence[str] = "all",  # see `scorer_names`
+    device: str | torch.device | None = None,  # where their models are put; none leaves them
 ) -> dict:  # name → scorer
     "Scorers by name, from trained checkpoints"
     parts = root if isinstance(root, Parts) else Parts(root)
     if not parts.root.is_dir(): raise UserError(f"{parts.root} is not a folder of checkpoints: train one with `vugen train`, or name another.")
-    return {name: SCORERS[name][1](parts) for name in scorer_names(names, parts)}
+    scorers = {name: SCORERS[name][1](parts) for name in scorer_names(names, parts)}
+    models = [part for scorer in scorers.values() for part in vars(scorer).values() if isinstance(part, torch.nn.Module)]
+    for model in models if device is not None else (): model.to(device)
+    return scorers
