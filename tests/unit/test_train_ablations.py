@@ -254,6 +254,7 @@ def test_one_seed_keeps_the_interval_of_its_items_and_says_so():
     rows = [row("A", 4, 0.5, 0.4, 0.6), row("B", 4, 0.7, 0.6, 0.8), row("B", 5, 0.8, 0.7, 0.9)]
     one, two = summarise(rows)
     assert (one["low"], one["high"], one["over"]) == (0.4, 0.6, "50 items, one seed")
+    assert summarise([row("A", 0, 3.0)])[0]["over"] == "one seed"  # nothing is claimed where nothing is known
     assert two["difference"] == pytest.approx(0.2) and two["difference_low"] is None and two["over"] == "2 seeds"  # one seed is shared: a difference, no interval
 
 

@@ -197,7 +197,7 @@ def test_bind_asks_about_what_is_held_out(tmp_path, monkeypatch):
     made, world = [], World(held_out=("red circle",))
     (tmp_path / "contrastive").mkdir()
     (tmp_path / "contrastive" / "run.json").write_text(json.dumps({"world": world.asdict()}))
-    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names: {"random": RandomScorer()})
+    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names, device: {"random": RandomScorer()})
     monkeypatch.setattr(benchmarks, "scene_suite", lambda *rest, **options: made.append(scene_suite(*rest, **options)) or made[-1])
     found = run_bind(root=tmp_path, scorers="random", limit=4)
     assert len(made[0]) == 4 * len(FOIL_KINDS) and all(holds(first, parse("red circle")) for first, _ in made[0].scenes)

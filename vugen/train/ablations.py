@@ -558,15 +558,16 @@ def _panel(axis, rows, label):  # summary rows of one measure and group
 
 def plot(rows, ablation, columns=3):  # of `run_ablation`; an `Ablation`
     "A panel for each measure the ablation shows, as a matplotlib figure; measures that are not known are left out."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     summary = summarise(rows)
     panels = {shown: found for shown in ablation.shows if (found := [row for row in summary if (row["category"], row["metric"]) == shown])}
     if not panels: raise UserError("None of the measures that this plot shows is known yet: run the ablation first.")
     columns = min(columns, len(panels))
-    figure = Figure(figsize=(3.2 * columns, 2.5 * -(-len(panels) // columns)), dpi=80, layout="constrained")
+    figure = plt.figure(figsize=(3.2 * columns, 2.5 * -(-len(panels) // columns)), dpi=80, layout="constrained")
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     for axis, (shown, found) in zip(axes, panels.items()): _groups(axis, shown, found, ablation)
     for axis in axes[len(panels):]: axis.set_axis_off()
+    plt.close(figure)  # shown where it is returned, not a second time at the end of the cell
     return figure
 
 def _groups(axis, shown, found, ablation):
