@@ -92,7 +92,7 @@ def make_optimizer(module, recipe):
     if not trained: raise UserError("Nothing in the module is trainable: leave requires_grad=True where the stage should learn.")
     groups = [{"params": [value for value in trained if value.ndim >= 2], "weight_decay": recipe.weight_decay},
               {"params": [value for value in trained if value.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([each for each in groups if each["params"]], lr=recipe.learning_rate, betas=tuple(recipe.betas), fused=True)
+    return torch.optim.AdamW([each for each in groups if each["params"]], lr=recipe.learning_rate, betas=tuple(recipe.betas), eps=recipe.epsilon, fused=True)
 
 # %% ../../nbs/train/loop.ipynb #44f6abfe
 def _frozen_prefixes(module):

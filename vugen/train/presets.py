@@ -39,6 +39,7 @@ class Recipe:
     gradient_checkpointing: bool = False  # compute the inside of blocks again in the backward pass: less memory, a third more time
     ema_device: str = "same"  # where the moving average lies: "same" as the weights, or "cpu"
     ema_start: int = 0  # optimiser steps before the average begins (VUGEN: 50k on StockMix, 10k on ImageNet)
+    epsilon: float = 1e-8  # of AdamW; a larger one keeps weights still whose gradient is rounding alone
 
     def __post_init__(self):
         check_recipe(self)
