@@ -505,7 +505,7 @@ def _interval(values, rows):  # one a seed
     if len(values) > 1:
         estimate = mean_interval(values)
         return estimate.value, estimate.low, estimate.high, f"{len(values)} seeds"
-    return values[0], rows[0]["low"], rows[0]["high"], f"{rows[0]['n']} items, one seed"
+    return values[0], rows[0]["low"], rows[0]["high"], "one seed" if rows[0]["low"] is None else f"{rows[0]['n']} items, one seed"
 
 def _difference(values, base):  # {seed: value} of a variant and of the first one
     "Mean difference and its interval over shared seeds."
