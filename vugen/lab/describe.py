@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -118,9 +118,15 @@ class Part:
     run: Callable  # batch → output
     trained: bool = True  # by that stage; False is a frozen part
     half: bool = False  # kept in bf16 where a stage trains in bf16 (only what is frozen everywhere)
+    known: dict = field(default_factory=dict, repr=False)  # what was counted before
 
     def parameters(self): return sum(value.numel() for value in self.module.parameters())
     def trainable(self): return sum(value.numel() for value in self.module.parameters() if value.requires_grad) if self.trained else 0
+
+    def saved(self, batch, precision):
+        "What autograd would keep of one pass on a GPU, counted once."
+        if (batch, precision) not in self.known: self.known[batch, precision] = saved_bytes(lambda: self.run(batch), self.module, precision)
+        return self.known[batch, precision]
 
     def row(self):
         "What the table says of it."
@@ -413,7 +419,7 @@ def paper_parts(preset):  # on a corpus
     world = World(**preset.world)
     vision, vlm, pretrained = pretrained_parts(preset)
     reducer, pixels = decoder_parts(preset, world, vision)
-    student = replace(pixels[1], name="distilled decoder, its one step", stage="distill", module=copy.deepcopy(pixels[1].module))
+    student = replace(pixels[1], name="distilled decoder, its one step", stage="distill", module=copy.deepcopy(pixels[1].module), known={})
     student.run = functools.partial(pixel_step, student.module, world.image_size)
     return [*pretrained, *pixels, *([student] if "distill" in preset.stages else []), *latent_decoder_parts(preset, world, vision, reducer), *generator_parts(preset, vision, vlm, reducer), *baseline_parts(preset, world, vision, vlm)]
 
@@ -503,7 +509,7 @@ def stage_memory(stage, part, parts, setup=Setup()):  # StagePreset and every Pa
     setup = settled(setup, part)
     trained, share = sum(each.trainable() for each in own), setup.gpus if setup.sharding == "fsdp" else 1
     frozen = sum((2 if each.half and setup.precision == "bf16" else 4) * (each.parameters() - (each.trainable() if each in own else 0)) for each in held)
-    kept = [saved_bytes(lambda each=each: each.run(setup.batch), each.module, setup.precision) for each in own]
+    kept = [each.saved(setup.batch, setup.precision) for each in own]
     found = {"weights": (4 * trained + frozen) / share, "gradients": 4 * trained / share, "moments": 8 * trained / share, "ema": 4 * trained / share if part.recipe.ema_decay and setup.ema == "gpu" else 0,
              "copies": _gathered(held, setup) if setup.sharding == "fsdp" else sum(each.copies for each in kept), "buckets": 4 * trained if setup.sharding == "ddp" else 0, "activations": sum(each.activations for each in kept)}
     return {**{kind: int(value) for kind, value in found.items()}, "total": int(sum(found.values())), "at_least": int(sum(found.values()) - min(found["gradients"], found["activations"]))}
@@ -539,7 +545,7 @@ def describe(name: str = "tiny",  # a preset's name or .json file
     for stage in (stage for stage in preset.stages if any(part.stage == stage for part in parts)):
         own = settled(setup, preset.stage(stage))
         memory = stage_memory(stage, preset.stage(stage), parts, own)
-        stages.append({"stage": stage, "steps": preset.stage(stage).recipe.steps, "batch": own.batch, "precision": own.precision, "gpus": own.gpus, "ema": own.ema,
+        stages.append({"stage": stage, "steps": preset.stage(stage).recipe.steps, "batch": own.batch, "precision": own.precision, "gpus": own.gpus, "ema_on": own.ema,
                        **{f"{kind}_gib": round(value / 2**30, 4) for kind, value in memory.items() if kind != "total"}, "memory_gib": round(memory["total"] / 2**30, 4)})
     return {"preset": preset.name, "parts": rows, "counts": tower_counts(parts), "pictures": drawing_costs(preset, rows), "stages": stages,
             "memory_gib": max(row["memory_gib"] for row in stages), "setup": {"sharding": sharding}, "rule": RULE, "notes": notes}
