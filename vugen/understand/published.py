@@ -25,7 +25,7 @@ from ..data.images import load_image, to_tensor
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..paths import atomic_path, cache_dir
-from .benchmarks import CHANCE, SUITES, BindingItem, Suite, run_bind, run_record, winoground_scores
+from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, run_bind, run_record, winoground_scores
 from .scorers import ContrastiveScorer, Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
@@ -763,7 +763,17 @@ def run_published(
     store.finish([*kept.values(), *({**record, "place": len(suite) + number} for number, record in enumerate(earlier.values()))], about)
     return {"rows": rows, "notes": {**notes, **more}, "scorers": ran}
 
-# %% ../../nbs/understand/published.ipynb #eeb93b68
+# %% ../../nbs/understand/published.ipynb #38e385d8
+def _scene_rows(path): # rows of the scores that `run_bind` saved for scenes
+    import pyarrow.parquet
+    records, rows = pyarrow.parquet.read_table(path).to_pylist(), []
+    for scorer in dict.fromkeys(record["scorer"] for record in records):
+        mine = [record for record in records if record["scorer"] == scorer]
+        items = [BindingItem(record["category"], record["key"], (record["caption_0"], record["caption_1"]), record["text"] is None) for record in mine]
+        matrix = torch.tensor([[[record[f"score_image{image}_caption{caption}"] for caption in range(2)] for image in range(2)] for record in mine], dtype=torch.float64)
+        rows += SuiteResult(scorer, mine[0]["suite"], items, matrix).rows()
+    return {"run": {"command": "bind", "suite": records[0]["suite"], "scorers": list(dict.fromkeys(record["scorer"] for record in records))}, "rows": rows}
+
 def rows_from_items(
     path: str | Path,  # a Parquet file that `vugen bind` wrote
 ) -> dict:  # {"run": …, "rows": …}
@@ -771,6 +781,7 @@ def rows_from_items(
     path = Path(path).expanduser()
     if not path.is_file(): raise UserError(f"{path} does not exist: name a file of scores that `vugen bind` wrote.")
     store = ScoreStore(path)
+    if "score_image0_caption0" in _beginning(path).split(): return _scene_rows(path)
     about = store.about()
     if not about: raise UserError(f"{path} tells nothing of its run: name a file of scores that a finished `vugen bind` wrote.")
     rows, notes = rows_of([record for record in store.read() if record["place"] < about["items"] and record["scorer"] in about["scorers"]], about["scorers"])
