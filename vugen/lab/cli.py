@@ -26,10 +26,10 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
            'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'compare_verb',
            'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
-           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'Counter', 'report',
-           'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in',
-           'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json',
-           'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'report_bind',
+           'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows',
+           'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation',
+           'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -426,21 +426,37 @@ def seen_size(picture, smallest, largest=256):  # a Pillow picture; the world's 
 # %% ../../nbs/lab/cli.ipynb #1cff3cb5
 @dataclass
 class Bind:
-    "Score 2×2 items (two pictures, two captions, the same words) with scorers."
-    suite: str = "scenes"  # the items
+    "Score captions against pictures: our scenes, or a published benchmark from a folder, with 95% intervals, chance and published anchors."
+    suite: str = "scenes"  # scenes, or a published benchmark: winoground, sugarcrepe, aro-relation, mmvp-vlm … (a wrong name lists all)
     scorer: str = "all"  # all, or names with commas between them
-    limit: int = 200  # items of each kind
+    limit: Optional[int] = None  # items of each kind; 200 of scenes, all of a published benchmark
     json: Optional[Path] = None  # file for the rows; - prints them
-    seed: int = 1_000_003  # of the items: apart from the training's
-    root: Optional[Path] = None  # folder of checkpoints
+    seed: int = 1_000_003  # of the scenes: apart from the training's
+    root: Optional[Path] = None  # the published benchmark's folder; with scenes, the folder of checkpoints
+    checkpoints: Optional[Path] = None  # folder of checkpoints, for every suite
+    images: Optional[Path] = None  # folder of the benchmark's pictures, where they lie elsewhere
+    items: Optional[Path] = None  # Parquet file for the scores of every item; a run that was killed goes on from it
+    captions_only: bool = False  # the two baselines that look at no picture
+    from_items: Optional[Path] = None  # draw the table again from such a file, without a model
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
-        check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
-        root, device = root_of(self.root), pick_device(self.device)
-        from vugen.understand.benchmarks import run_bind
-        found = run_bind(self.suite, self.scorer, root=root, limit=self.limit, seed=self.seed, progress=Counter(), device=device, command=command)
-        report(self.json, found["rows"], found["run"])
+        check_number("--limit", self.limit, 1); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json); check_target(self.items)
+        from vugen.understand.published import bind, rows_from_items
+        if self.from_items:
+            again = rows_from_items(self.from_items)
+            return report_bind(self.json, {"run": {**run_record(command), **again["run"]}, "rows": again["rows"]})
+        checkpoints, device = root_of(self.checkpoints or (self.root if self.suite == "scenes" else None)), pick_device(self.device)
+        report_bind(self.json, bind(self.suite, self.scorer, self.root, checkpoints, self.images, self.limit, self.seed, self.items, self.captions_only, progress=Counter(), device=device, command=command))
+
+
+def report_bind(target, found):
+    "The rows as `report` gives them, anchors in words on the terminal, and where the scores of items lie."
+    from vugen.understand.published import anchored
+    if target: write_json(target, {"run": found["run"], "rows": found["rows"]})
+    if str(target) == "-": return
+    show_rows(anchored(found["rows"])); show_notes(found["run"].get("notes") or {})
+    if found.get("store"): print(f"\nScores of every item: {found['store']} (vugen bind --from-items FILE draws the table again)")
 
 # %% ../../nbs/lab/cli.ipynb #57dd4806
 class Counter:
@@ -690,7 +706,7 @@ def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
 # %% ../../nbs/lab/cli.ipynb #a0430a91
 def command_of(words):
     "The command for a record: option values that are folders or files of this machine are left out."
-    hidden, kept, skip = {"--root", "--out", "--state", "--json"}, [], False
+    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints"}, [], False
     for word in words:
         if not skip and word not in hidden and not word.startswith(tuple(f"{option}=" for option in hidden)): kept.append(word)
         skip = word in hidden
