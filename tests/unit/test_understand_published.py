@@ -358,7 +358,7 @@ def test_scores_of_scenes_are_drawn_again(tmp_path):
 
 def test_bind_by_name(folder, tmp_path, monkeypatch):
     from vugen.understand import published
-    monkeypatch.setattr(published, "load_scorers", lambda parts, names: {name: RandomScorer(name=name) for name in names})
+    monkeypatch.setattr(published, "load_scorers", lambda parts, names, device="cpu": {name: RandomScorer(name=name) for name in names})
     found = bind("winoground", "contrastive,lit", root=folder("winoground"), items=tmp_path / "i.parquet", size=8, limit=1)
     assert found["run"]["items"] == 2 and {row["scorer"] for row in found["rows"]} == {"contrastive", "lit"} and {"Object", "Relation", "all"} == {row["category"] for row in found["rows"]}
     for arguments, words in (({"root": None}, "--root"), ({"limit": 0}, "limit"), ({"captions_only": True}, "looks at pictures"), ({"scorers": "soup"}, "'soup'"), ({"suite": "soup"}, "'soup'")):
