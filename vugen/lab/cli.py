@@ -455,7 +455,8 @@ def report_bind(target, found):
     from vugen.understand.published import anchored
     if target: write_json(target, {"run": found["run"], "rows": found["rows"]})
     if str(target) == "-": return
-    show_rows(anchored(found["rows"])); show_notes(found["run"].get("notes") or {})
+    show_rows(anchored(found["rows"]))
+    for name, why in (found["run"].get("notes") or {}).items(): print(f"{name}: {why}")
     if found.get("store"): print(f"\nScores of every item: {found['store']} (vugen bind --from-items FILE draws the table again)")
 
 # %% ../../nbs/lab/cli.ipynb #57dd4806
