@@ -69,12 +69,11 @@ def test_unknown_recipe_keys_are_named():
         preset_from_dict({"name": "x", "world": {}, "stages": {"a": {"model": {}, "recipe": {"steps": 1, "batch_size": 1, "momentum": 0.9}}}})
 
 
-AWAITED = {"generator-decoupled", "generator-repa"}  # not embedded yet: take a name out when its checkpoint comes
+UNEMBEDDED = {"generator-decoupled", "generator-repa"}  # baselines, trained where they are compared (`vugen ablate target`): all weights together stay below 40 MB
 
 
-@pytest.mark.parametrize("name", sorted(load_preset("tiny").stages))
+@pytest.mark.parametrize("name", sorted(set(load_preset("tiny").stages) - UNEMBEDDED))
 def test_the_embedded_checkpoints_were_trained_as_the_preset_says(name):
-    if name in AWAITED and not (checkpoints_dir("tiny") / name).is_dir(): pytest.skip(f"{name} is not embedded yet")
     run = json.loads((checkpoints_dir("tiny") / name / "run.json").read_text())
     part = load_preset("tiny").stage(name)
     said = json.loads(json.dumps({"model": part.model, "options": part.options, "recipe": asdict(part.recipe)}))
