@@ -59,10 +59,13 @@ class Keeping(torch.autograd.Function):
 
 
 def fused_attention(query, key, value, attn_mask=None, **_):
+    "In place of torch's attention: keeps what the flash kernel keeps."
     return Keeping.apply((*query.shape[:-1], value.shape[-1]), query.shape[:-1], True, query, key, value, *([] if attn_mask is None else [attn_mask]))
 
 
-def fused_rms_norm(value, normalized_shape, weight=None, eps=None): return Keeping.apply(value.shape, value.shape[:-len(normalized_shape)], False, value)
+def fused_rms_norm(value, normalized_shape, weight=None, eps=None):
+    "In place of torch's RMS norm: keeps what the fused kernel keeps."
+    return Keeping.apply(value.shape, value.shape[:-len(normalized_shape)], False, value)
 
 # %% ../../nbs/lab/describe.ipynb #22c32e00
 _NAMES = {"__matmul__": "matmul", "__rmatmul__": "matmul", "__pow__": "pow", "square": "pow"}  # torch's names of the same operations

@@ -181,7 +181,9 @@ def stage_kind(name):  # a key of TRAINABLE
 # %% ../../nbs/train/ablations.ipynb #61cfd36c
 SIZES = {"tiny": (1.0, 1.0), "small": (7.0, 2.5), "smoke": (0.005, 0.03)}  # preset: factors on the numbers of steps and of held-out items
 
-def sized(count, factor, least=2): return max(least, round(count * factor))
+def sized(count, factor, least=2):
+    "A number of steps times a factor, whole and not below `least`."
+    return max(least, round(count * factor))
 
 def step_preset(ablation, step, preset, seed, scale):  # scale: `--steps-scale`
     "The preset with a step's settings; its own held-out figures are kept short, the generators hear plain wording only."
@@ -258,7 +260,9 @@ class Point:
     def path(self): return Path("points") / slug(self.variant.name) / f"{self.measure.kind}-seed-{self.seed}.json"
 
 
-def slug(name): return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+def slug(name):
+    "A name as that of a folder."
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 # %% ../../nbs/train/ablations.ipynb #a2be9bab
 def check_options(measure):
@@ -293,7 +297,9 @@ def make_plan(ablation, preset, root, seeds, scale=1.0, only=None):  # only: a k
     return points, notes
 
 # %% ../../nbs/train/ablations.ipynb #f4084c31
-def device_here(): return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_here():
+    "The GPU where there is one, else the CPU."
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def judge():
     "The extractor of Fréchet distances."
@@ -379,6 +385,7 @@ def write_json(path, content):
     except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror}): free space there or name another folder with --out.") from error
 
 def read_json(path, mend):  # what to do where it is damaged
+    "The data in a JSON file; a `UserError` that tells the mend where it cannot be read."
     try: return json.loads(path.read_text())
     except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): {mend}.") from error
 

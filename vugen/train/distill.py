@@ -194,7 +194,9 @@ class FeedForwardStage(OneStepStage):
 # %% ../../nbs/train/distill.ipynb #0a1901b3
 ONE_STEP = {"distilled, 1 step": "distill", "feed-forward": "decoder-feedforward"}  # {label: folder}
 
-def diffusion_label(steps: int) -> str: return f"diffusion, {steps} step{'s' * (steps > 1)}"
+def diffusion_label(steps: int) -> str:
+    "What tables call the diffusion decoder with so many steps."
+    return f"diffusion, {steps} step{'s' * (steps > 1)}"
 
 def load_decoders(root: str | Path,  # folder of a preset's checkpoints
                   steps: int = 8,  # of the diffusion decoder

@@ -379,7 +379,8 @@ def missing_inputs(preset,  # Preset
     lacking = [] if path else ["corpus.path is not given (add --set corpus.path=PATH)"]
     if path and preset.corpus["kind"] == "images" and not Path(path).expanduser().is_dir(): lacking.append(f"corpus.path {path} is not a folder")
     from vugen.encode.encoders import locate
-    for name in dict.fromkeys(filter(None, (part.model.get("vlm"), part.options.get("encoder"), part.options.get("alignment")))):  # in this order, each once
+    published = (part.model.get("vlm"), part.options.get("encoder"), part.options.get("alignment"))
+    for name in dict.fromkeys(name for name in published if name and "/" in name):  # in this order, each once; "none" and the judges of our own have no folder
         try: locate(name)
         except UserError as error: lacking.append(str(error).split(":")[0])
     return lacking
