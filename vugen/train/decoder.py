@@ -124,10 +124,20 @@ def batch_whiten(raw: torch.Tensor) -> torch.Tensor:
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1: return _whiten_together(rows).unflatten(0, raw.shape[:2])
     return F.batch_norm(rows, None, None, training=True, eps=1e-6).unflatten(0, raw.shape[:2])
 
+class _Sum(torch.autograd.Function):
+    "Sum over all processes, forwards and backwards"
+    @staticmethod
+    def forward(context, values):
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(context, gradient): return _Sum.forward(context, gradient.contiguous())
+
 def _whiten_together(rows):
     "The same over the batch of all processes, gradients included: what one process alone would compute."
-    from torch.distributed.nn.functional import all_reduce
-    def mean(values): return all_reduce(values.mean(0)) / torch.distributed.get_world_size()
+    def mean(values): return _Sum.apply(values.mean(0)) / torch.distributed.get_world_size()
     centred = rows - mean(rows)
     return centred / (mean(centred.square()) + 1e-6).sqrt()
 
