@@ -1,4 +1,5 @@
 "Notebooks, package, README and sidebar say the same; every module imports alone and lightly."
+import ast
 import filecmp
 import json
 import os
@@ -56,6 +57,16 @@ def test_every_module_has_its_notebook():
     named = {re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(map(source, book(n)["cells"])), re.MULTILINE) for n in NOTEBOOKS}
     exported = {f"vugen.{found[1]}" for found in named if found}
     assert exported == set(MODULES)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_import_cells_stand_alone(name):
+    "The site's builder runs a cell that imports, so nothing else may stand in it."
+    for cell in book(name)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "#| export" in source or source.lstrip().startswith("%"): continue
+        imports = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body]
+        assert all(imports) or not any(imports), source
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
