@@ -18,7 +18,7 @@ from typing import Optional
 
 from ..errors import UserError
 from .bench import Bench
-from ..paths import atomic_path, checkpoints_dir
+from ..paths import atomic_path, checkpoints_dir, without_folders
 
 # %% auto #0
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS', 'run_record',
@@ -711,7 +711,7 @@ def command_of(words):
     for word in words:
         if not skip and word not in hidden and not word.startswith(tuple(f"{option}=" for option in hidden)): kept.append(word)
         skip = word in hidden
-    return " ".join(["vugen", *(json.dumps(word) if " " in word else word for word in kept)])
+    return " ".join(["vugen", *(json.dumps(word) if " " in word else word for word in map(without_folders, kept))])
 
 
 def run_verb(words):

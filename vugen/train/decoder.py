@@ -29,7 +29,7 @@ from ..encode.reducers import MLPReducer, PCAReducer
 from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert, diffuse
-from .loop import stage_main
+from .loop import stages_main
 from .presets import Preset, corpus_of
 
 # %% auto #0
@@ -342,18 +342,7 @@ STAGES = {stage.name: stage for stage in (DecoderStage, DecoderPCAStage)}
 
 def main(argv=None):  # words of the command line; default sys.argv
     "`python -m vugen.train.decoder [--stage decoder-pca] …`"
-    import sys
-    words, name = list(sys.argv[1:] if argv is None else argv), "decoder"
-    if "--stage" in words:
-        place = words.index("--stage")
-        name, words = (words[place + 1] if place + 1 < len(words) else ""), words[:place] + words[place + 2:]
-    if name not in STAGES: sys.exit(_refuse(name))
-    stage_main(STAGES[name], argv=words)
-
-def _refuse(name):
-    import sys
-    print(f"vugen train decoder: there is no stage {name!r} here: choose one of {', '.join(STAGES)}.", file=sys.stderr)
-    return 2
+    stages_main(STAGES, "decoder", argv)
 
 # %% ../../nbs/train/decoder.ipynb #3998177a
 if __name__ == "__main__" and "__file__" in globals(): main()  # not inside a notebook

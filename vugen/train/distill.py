@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert
 from ..models.saving import fingerprint
 from .decoder import HELD_OUT, DecoderStage, DecoderTraining, Pictures, add_latent_noise, parser_rows
-from .loop import stage_main
+from .loop import stages_main
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ONE_STEP', 'STAGES', 'TeacherPool', 'DistillTraining', 'FeedForwardTraining', 'paint_all',
@@ -260,13 +259,7 @@ STAGES = {stage.name: stage for stage in (DistillStage, FeedForwardStage)}
 
 def main(argv=None):  # words of the command line; default sys.argv
     "`python -m vugen.train.distill [--stage decoder-feedforward] …`; without `--stage`, distill."
-    words, name = list(sys.argv[1:] if argv is None else argv), "distill"
-    if "--stage" in words:
-        place = words.index("--stage")
-        name, words = (words[place + 1] if place + 1 < len(words) else ""), words[:place] + words[place + 2:]
-    if name in STAGES: return stage_main(STAGES[name], argv=words)
-    print(f"vugen train distill: there is no stage {name!r} here: choose one of {', '.join(STAGES)}.", file=sys.stderr)
-    sys.exit(2)
+    stages_main(STAGES, "distill", argv)
 
 # %% ../../nbs/train/distill.ipynb #151f8e7b
 if __name__ == "__main__" and "__file__" in globals(): main()  # not inside a notebook

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from ..generate.adapters import stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from ..models.text import WordCodec, known_words
-from .loop import Progress, stage_main, step_seed
+from .loop import Progress, stages_main, step_seed
 from .presets import corpus_of, data_fingerprint
 
 # %% auto #0
@@ -375,12 +374,6 @@ STAGES = {stage.name: stage for stage in (GeneratorStage, DecoupledStage, REPASt
 
 def main(argv=None): # words of the command line; default sys.argv
     "`python -m vugen.train.generator [--stage generator-decoupled] --preset tiny`; without `--stage`, VUGEN's own"
-    words, name = list(sys.argv[1:] if argv is None else argv), "generator"
-    if "--stage" in words:
-        place = words.index("--stage")
-        name, words = (words[place + 1] if place + 1 < len(words) else ""), words[:place] + words[place + 2:]
-    if name in STAGES: return stage_main(STAGES[name], argv=words)
-    print(f"vugen train generator: there is no stage {name!r} here: choose one of {', '.join(STAGES)}.", file=sys.stderr)
-    sys.exit(2)
+    stages_main(STAGES, "generator", argv)
 
 if __name__ == "__main__" and "__file__" in globals(): main() # not inside a notebook

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ..encode.reducers import load_reducer
 from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from .decoder import HELD_OUT, DecoderStage, add_latent_noise, parser_rows, pictures_of
-from .loop import stage_main
+from .loop import stages_main
 from .presets import Preset
 
 # %% auto #0
@@ -172,13 +171,7 @@ STAGES = {stage.name: stage for stage in (VAEStage, LatentDecoderStage)}
 
 def main(argv=None):  # words of the command line; default sys.argv
     "`python -m vugen.train.latent_decoder [--stage vae] …`; without `--stage`, decoder-ldm."
-    words, name = list(sys.argv[1:] if argv is None else argv), "decoder-ldm"
-    if "--stage" in words:
-        place = words.index("--stage")
-        name, words = (words[place + 1] if place + 1 < len(words) else ""), words[:place] + words[place + 2:]
-    if name in STAGES: return stage_main(STAGES[name], argv=words)
-    print(f"vugen train latent_decoder: there is no stage {name!r} here: choose one of {', '.join(STAGES)}.", file=sys.stderr)
-    sys.exit(2)
+    stages_main(STAGES, "decoder-ldm", argv)
 
 # %% ../../nbs/train/latent_decoder.ipynb #3998177a
 if __name__ == "__main__" and "__file__" in globals(): main()  # not inside a notebook

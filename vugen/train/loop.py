@@ -10,7 +10,7 @@ __all__ = ['STATES_KEPT', 'Stage', 'sample_indices', 'step_seed', 'seed_everythi
            'description', 'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log', 'duration',
            'Progress', 'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'check_free',
            'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
-           'stage_main']
+           'stage_main', 'stages_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..paths import atomic_path, checkpoints_dir
+from ..paths import atomic_path, checkpoints_dir, without_folders
 from .cards import as_rows, environment, model_card
 from .presets import Preset, Recipe, check_inputs, data_fingerprint, load_preset, override
 
@@ -832,8 +832,7 @@ def command_line(name, words):
     kept, words = [], iter(words)
     for word in words:
         if word in ("--root", "--out", "--state"): next(words, None)
-        elif "=" in word and word.split("=")[-2].endswith(("corpus.path", "options.latent_cache")): kept.append("=".join([*word.split("=")[:-1], Path(word.split("=")[-1]).name]))
-        elif not word.startswith(("--root=", "--out=", "--state=")): kept.append(word)
+        elif not word.startswith(("--root=", "--out=", "--state=")): kept.append(without_folders(word))
     return " ".join([f"vugen train {name}", *kept])
 
 
@@ -847,6 +846,19 @@ def stage_main(stage_class,  # class of the stage
     sentence, code = say_outcome(result, name)
     if result["main"]: print(sentence, file=sys.stderr if code else sys.stdout)
     _leave(code)
+
+
+def stages_main(stages,  # {name: class of the stage}, the module's
+                default,  # name of the stage that is meant without `--stage`
+                argv=None):  # words of the command line; default sys.argv
+    "`stage_main` of the stage that `--stage NAME` chooses among a module's; exit code 2 after one sentence for any other name."
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--stage", default=default)
+    try: chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    except SystemExit: _leave(2)
+    if chosen.stage in stages: return stage_main(stages[chosen.stage], argv=words)
+    print(f"vugen train: there is no stage {chosen.stage!r} here: choose one of {', '.join(stages)}.", file=sys.stderr)
+    _leave(2)
 
 
 def _leave(code):
