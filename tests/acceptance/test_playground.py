@@ -124,6 +124,18 @@ def choose(page, title):
 def field(page, name): return page.locator(f"#{name} textarea, #{name} input").first
 
 
+def write_candidates(page, *captions):
+    "Type into the Classify tab and see that the words stay: a box that was mounted a moment ago may still take its first value."
+    tab(page, "Classify")
+    box, text = page.locator("#candidates textarea"), "\n".join(captions)
+    for _ in range(5):
+        box.fill(text)
+        box.blur()
+        page.wait_for_timeout(700)
+        if box.input_value() == text: return
+    raise AssertionError(f"the candidates read {box.input_value()!r} again")
+
+
 def wait_for(page, name, value):
     page.wait_for_function("([name, value]) => document.querySelector(`#${name} textarea, #${name} input`).value === value", arg=[name, value], timeout=WAIT)
 
@@ -211,8 +223,7 @@ def test_drawn_emoji_scene_reaches_every_panel(page):
     field(page, "wanted").fill("a dog left of a tree")
     page.get_by_role("button", name="Draw").click()
     wait_for(page, "caption", "a dog left of a tree")
-    tab(page, "Classify")
-    page.locator("#candidates textarea").fill("a dog left of a tree\na cat on a chair")
+    write_candidates(page, "a dog left of a tree", "a cat on a chair")
     ask(page, "Classify")
     ask(page, "Reconstruct")
     text = page.locator("#reconstructions").inner_text()
@@ -224,9 +235,8 @@ def test_uploaded_photograph_is_reconstructed_and_classified(page, tmp_path):
     next(iter(sample_photographs().values())).save(photograph)
     clear_picture(page)
     upload(page, photograph)
-    tab(page, "Classify")
-    page.locator("#candidates textarea").fill("a photograph of a person\na bowl of fruit")
-    page.wait_for_timeout(1500)
+    page.locator("#picture img").wait_for(timeout=WAIT)
+    write_candidates(page, "a photograph of a person", "a bowl of fruit")
     ask(page, "Classify")
     assert "scorer 'contrastive'" in page.locator("#classes").inner_text()
     ask(page, "Reconstruct")
