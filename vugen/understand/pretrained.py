@@ -9,6 +9,7 @@ import copy
 import hashlib
 import inspect
 import json
+import re
 import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -28,9 +29,9 @@ from .scorers import PairScorer
 
 # %% auto #0
 __all__ = ['DESCRIBE', 'QUESTION', 'pair_tokenizer', 'save_pair_miniature', 'read_model_config', 'check_kind', 'read_model',
-           'read_processor', 'folder_fingerprint', 'pick_dtype', 'load_pretrained', 'as_pictures', 'distinct',
-           'PretrainedScorer', 'distinct_pairs', 'check_readable', 'TransformersContrastive', 'Row', 'Conversation',
-           'looking_once', 'Job', 'shared_beginning', 'Listener', 'place_ids', 'CachedListener',
+           'check_processor_files', 'read_processor', 'folder_fingerprint', 'pick_dtype', 'load_pretrained',
+           'as_pictures', 'distinct', 'PretrainedScorer', 'distinct_pairs', 'check_readable', 'TransformersContrastive',
+           'Row', 'Conversation', 'looking_once', 'Job', 'shared_beginning', 'Listener', 'place_ids', 'CachedListener',
            'TransformersVLMScorer', 'TransformersLikelihood', 'TransformersYes', 'clip_scorer', 'likelihood_scorer',
            'information_scorer', 'yes_scorer']
 
@@ -97,16 +98,24 @@ def save_pair_miniature(
 # %% ../../nbs/understand/pretrained.ipynb #aa000012
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
-def _first_line(error): return " ".join(str(error).split())[:160]
+def _first_line(error): # what transformers says, short
+    lacks = re.search(r"Missing optional dependencies: ([^.]+)\.", text := " ".join(str(error).split()))
+    return f"it needs {lacks[1]}, which is not installed" if lacks else text[:160]
+
+@contextmanager
+def _speaking(problem): # what transformers cannot do becomes one sentence; its own warnings are kept back
+    try:
+        with quiet_transformers(): yield
+    except UserError: raise
+    except Exception as error: raise UserError(problem(_first_line(error) or type(error).__name__)) from error
 
 def read_model_config(
     folder: Path, # in transformers' format
 ):
     "The configuration, of a class that transformers itself has"
     from transformers import AutoConfig
-    try:
-        with quiet_transformers(): return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error: raise UserError(f"{folder / 'config.json'} names no model that transformers knows ({_first_line(error)}): give a folder in transformers' format; code that comes with a checkpoint is never run.") from error
+    with _speaking(lambda why: f"{folder / 'config.json'} names no model that transformers knows ({why}): give a folder in transformers' format; code that comes with a checkpoint is never run."):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 def check_kind(
     folder: Path,
@@ -132,13 +141,22 @@ def read_model(
     if not any(folder.glob("*.safetensors")):
         pickled = next((path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")), None)
         raise UserError(f"{folder} holds no safetensors weights{f', and {pickled}, a pickle, is never read' if pickled else ''}: copy model.safetensors of the checkpoint, or convert it.")
-    try:
-        with quiet_transformers(): model, report = (AutoModel if kind == "clip" else AutoModelForImageTextToText).from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, dtype=dtype)
-    except ImportError as error: raise UserError(f"{folder} needs a package that is not installed ({_first_line(error)}): install it.") from error
-    except Exception as error: raise UserError(f"{folder} has no readable safetensors weights for its config.json ({type(error).__name__}: {_first_line(error)}): copy the checkpoint again.") from error
+    with _speaking(lambda why: f"{folder} has no readable safetensors weights for its config.json ({why}): copy the checkpoint again, or install what is named."):
+        model, report = (AutoModel if kind == "clip" else AutoModelForImageTextToText).from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True, dtype=dtype)
     lost = sorted(map(str, {*report["missing_keys"], *report.get("mismatched_keys", ())}))
     if lost: raise UserError(f"{folder} lacks weights that its config.json asks for (first: {lost[0]}): copy the checkpoint again.")
     return model.eval().requires_grad_(False)
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+def check_processor_files(
+    folder: Path,
+) -> None:
+    "Refuse a folder that does not say how pictures and words are read: transformers would take a size and a vocabulary of its own"
+    told = folder / "processor_config.json"
+    pixels = (folder / "preprocessor_config.json").is_file() or (told.is_file() and "image_processor" in told.read_text(encoding="utf-8"))
+    if not pixels: raise UserError(f"{folder} has no processor for pictures: copy preprocessor_config.json of the checkpoint beside its weights.")
+    if not any((folder / name).is_file() for name in _VOCABULARIES): raise UserError(f"{folder} has no processor for words: copy tokenizer.json and tokenizer_config.json of the checkpoint beside its weights.")
 
 def _without_videos(kind): # a processor's class that takes pictures and words alone
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: [name for name in kind.get_attributes() if "video" not in name])})
@@ -149,14 +167,14 @@ def read_processor(
 ):
     "Tokenizer, chat template and pixels as the checkpoint wants them"
     from transformers import AutoProcessor
+    check_processor_files(folder)
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
     kind = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else AutoProcessor
     reads_videos = kind is not AutoProcessor and any("video" in name for name in kind.get_attributes())
     maker = _without_videos(kind) if reads_videos and not is_torchvision_available() else AutoProcessor
-    try:
-        with quiet_transformers(): processor = maker.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error: raise UserError(f"{folder} has no processor that can be read ({_first_line(error)}): copy preprocessor_config.json, tokenizer.json and tokenizer_config.json of the checkpoint beside its weights.") from error
+    with _speaking(lambda why: f"{folder} has no processor that can be read ({why}): copy preprocessor_config.json, tokenizer.json and tokenizer_config.json of the checkpoint beside its weights, and install what is named."):
+        processor = maker.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     lost = next((what for part, what in (("image_processor", "preprocessor_config.json"), ("tokenizer", "tokenizer.json")) if getattr(processor, part, None) is None), None)
     if lost: raise UserError(f"{folder} has no processor that reads both pictures and words: copy {lost} of the checkpoint beside its weights.")
     if not getattr(processor, "chat_template", None): processor.chat_template = getattr(processor.tokenizer, "chat_template", None)
@@ -313,8 +331,8 @@ class TransformersContrastive(PretrainedScorer):
 
     def remarks(self, captions):
         "Which captions were cut"
-        cut = self.too_long_ones(list(dict.fromkeys(caption.strip() for caption in captions)))
-        return f"{len(cut)} captions are longer than the {self.limit} tokens that the text tower reads and were cut, the first {next(iter(cut))[:60]!r}." if cut else None
+        cut = self.too_long_ones(captions := list(dict.fromkeys(caption.strip() for caption in captions)))
+        return f"{len(cut)} of {len(captions)} different captions do not fit into the {self.limit} tokens that the text tower reads and were cut, the first {next(iter(cut))[:60]!r}." if cut else None
 
     def text_inputs(self, captions: Sequence[str]):
         "Token ids as the processor gives them, padded as the model was trained"
@@ -339,7 +357,7 @@ class TransformersContrastive(PretrainedScorer):
         "Unit vectors [P, D] of pictures at their own sizes"
         pictures, found = as_pictures(images), []
         for start in range(0, len(pictures), self.batch_size):
-            with quiet_transformers(): inputs = self.processor(images=pictures[start:start + self.batch_size], return_tensors="pt")
+            with _speaking(lambda why: f"scorer {self.name!r} cannot read one of the pictures ({why}): leave it out."): inputs = self.processor(images=pictures[start:start + self.batch_size], return_tensors="pt")
             found.append(self._features(self.model.get_image_features(**inputs.to(self.model.device, self.model.dtype))))
         return torch.cat(found)
 
@@ -378,7 +396,7 @@ class Conversation:
         if self.raw: return (self.raw if seen else self.raw.replace(self.processor.image_token, "")).replace("{question}", question) + answer
         asked = [{"type": "image"}] * seen + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        text = self.processor.apply_chat_template(turns, continue_final_message=True)
+        with _speaking(lambda why: f"the checkpoint's chat template cannot write a question about a picture ({why}): pass raw instead."): text = self.processor.apply_chat_template(turns, continue_final_message=True)
         if not text.endswith(answer): raise UserError(f"the chat template rewrites the answer {answer[:40]!r}: pass raw instead.")
         return text
 
@@ -386,7 +404,9 @@ class Conversation:
         "Token ids of a conversation"
         text = self.text(question, answer, picture is not None)
         bos = self.tokenizer.bos_token
-        with quiet_transformers(): found = dict(self.processor(text=[text], **({} if picture is None else {"images": [picture]}), add_special_tokens=not (bos and text.startswith(bos)), return_tensors="pt"))
+        shown = {} if picture is None else {"images": [picture]}
+        with _speaking(lambda why: f"the processor cannot read {'a picture of {}×{} pixels'.format(*picture.size) if picture else 'a question'} ({why}): leave it out."):
+            found = dict(self.processor(text=[text], **shown, add_special_tokens=not (bos and text.startswith(bos)), return_tensors="pt"))
         ids = found.pop("input_ids")
         whole, before = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text[:len(text) - len(answer)]))
         spoken = whole[_common(whole, before):]
