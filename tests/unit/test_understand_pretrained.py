@@ -269,6 +269,21 @@ def test_what_is_kept_of_the_picture_is_only_used_where_it_is_the_same(llava, mo
     assert near(other.score(PICTURES, CAPTIONS), whole) and not other.reuse and "no cache" in other.reuse_note
 
 
+def test_a_decoder_with_a_short_memory_is_read_right(root, tmp_path):
+    """Mistral's layers forget what lies further back than their window, kept or not"""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    shutil.copytree(root / "llava", tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    config["text_config"] = {**config["text_config"], "model_type": "mistral", "sliding_window": 12}
+    (tmp_path / "short/config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(tmp_path / "short")).save_pretrained(tmp_path / "short")
+    model, processor = load_pretrained(tmp_path / "short", "vlm")[:2]
+    scorer = TransformersLikelihood(model, processor)
+    theirs = torch.tensor([[spoken_loss(model, processor, scorer.prompt, caption, picture)[0] for caption in CAPTIONS] for picture in PICTURES])
+    assert near(scorer.score(PICTURES, CAPTIONS), theirs) and scorer.proven and model.config.text_config.sliding_window == 12
+
+
 def test_the_language_model_reads_the_picture_once(llava):
     model, processor = llava
     scorer, read = TransformersYes(model, processor, batch_size=8), []
@@ -310,6 +325,14 @@ def test_without_a_chat_template_a_raw_one_is_asked_for(root, tmp_path):
     assert near(yes_scorer(tmp_path / "mute").score(PICTURES, CAPTIONS), raw.score(PICTURES, CAPTIONS))
     (tmp_path / "mute/chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content + '!' }}"}))
     with pytest.raises(UserError, match="chat template cannot write"): yes_scorer(tmp_path / "mute")
+
+
+def test_a_processor_saved_in_the_newest_format_is_read(root, tmp_path):
+    """One processor_config.json, in which the pixels lie too"""
+    for family, loader, captions in (("clip", clip_scorer, CAPTIONS), ("llava", yes_scorer, CAPTIONS)):
+        scorer = loader(root / family)
+        scorer.model.save_pretrained(tmp_path / family); scorer.processor.save_pretrained(tmp_path / family)
+        assert not (tmp_path / family / "preprocessor_config.json").exists() and near(loader(tmp_path / family).score(PICTURES, captions), scorer.score(PICTURES, captions))
 
 
 # what can be wrong with a checkpoint

@@ -262,7 +262,7 @@ class PretrainedScorer(PairScorer):
         check_readable(self.name, captions, self.processor.tokenizer)
         (pictures, places), (captions, words) = distinct(pictures), distinct([caption.strip() for caption in captions])
         pairs, wanted = distinct_pairs([(places[one], words[other]) for one, other in pairs])
-        return self.judge(pictures, captions, pairs).double().cpu()[wanted]
+        return self.judge(pictures, captions, pairs).cpu().double()[wanted]
 
     def score_pairs(self, images, captions):
         return self._asked(as_pictures(images), list(captions), [(place, place) for place in range(len(captions))])
@@ -393,7 +393,7 @@ class Conversation:
 
     def text(self, question: str, answer: str, seen: bool = True) -> str:
         "The whole conversation, ending in the answer"
-        if self.raw: return (self.raw if seen else self.raw.replace(self.processor.image_token, "")).replace("{question}", question) + answer
+        if self.raw: return (self.raw if seen else self.raw.replace(getattr(self.processor, "image_token", "<image>"), "")).replace("{question}", question) + answer
         asked = [{"type": "image"}] * seen + [{"type": "text", "text": question}]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         with _speaking(lambda why: f"the checkpoint's chat template cannot write a question about a picture ({why}): pass raw instead."): text = self.processor.apply_chat_template(turns, continue_final_message=True)
