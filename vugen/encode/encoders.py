@@ -11,6 +11,7 @@ __all__ = ['IMAGENET', 'FAMILY_STATISTICS', 'VISION_CLASSES', 'MODEL_INPUTS', 'T
 # %% ../../nbs/encode/encoders.ipynb #5c850809
 import inspect
 import json
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +78,7 @@ VISION_CLASSES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "sig
 
 def locate(
     name: str | Path,  # a folder, or a hub id such as "facebook/dinov2-base"
+    files: Sequence[str] = ("*.json", "*.safetensors"),  # patterns of what is fetched from the hub
 ) -> Path:
     "The local folder of a checkpoint; only a hub id (owner/model) that is no folder here is looked up on the hub."
     folder = Path(name).expanduser()
@@ -86,7 +88,7 @@ def locate(
     if folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise UserError(f"{name} is not a folder: give a folder in transformers' format or a hub id such as facebook/dinov2-base.")
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
+    try: return Path(snapshot_download(str(name), allow_patterns=list(files)))
     except Exception as error:
         raise UserError(f"{name} is neither a folder here nor a hub model that can be reached ({type(error).__name__}): check the name or the connection.") from error
 

@@ -90,19 +90,25 @@ def pad_right(
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 # %% ../../nbs/generate/adapters.ipynb #9d972b97
+_QWEN_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}<|im_start|>assistant "
+_QWEN_SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
 TEMPLATES = {
     "perception_lm": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{% for c in m.content %}{% if c.type == 'image' %}<|image|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>",
     "llava": "{{ bos_token }}{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}ASSISTANT:",
-    "qwen2_5_vl": "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>{% endfor %}<|im_start|>assistant ",
+    "qwen2_5_vl": _QWEN_TEMPLATE,
+    "qwen3_vl": _QWEN_TEMPLATE,
+    "janus": "{% for m in messages %}<|{{ m.role | capitalize }}|>: {% for c in m.content %}{% if c.type == 'image' %}<image_placeholder> {% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}<|Assistant|>:",
 }
 SPECIAL = {
     "perception_lm": ("<|begin_of_text|>", "<|eot_id|>", "<|image|>", "<|video|>", "<|start_header_id|>", "<|end_header_id|>"),
     "llava": ("<s>", "</s>", "<image>"),
-    "qwen2_5_vl": ("<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>"),
+    "qwen2_5_vl": _QWEN_SPECIAL,
+    "qwen3_vl": _QWEN_SPECIAL,
+    "janus": ("<|begin_of_sentence|>", "<|end_of_sentence|>", "<image_placeholder>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>"),
 }
 
 def miniature_tokenizer(
-    family: str, # perception_lm, llava or qwen2_5_vl
+    family: str, # perception_lm, llava, qwen2_5_vl, qwen3_vl or janus
 ):
     "A byte-level BPE over a few captions, with the family's special tokens (start, end, image first)"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -111,8 +117,9 @@ def miniature_tokenizer(
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(SPECIAL[family]), show_progress=False)
     backend.train_from_iterator(["a red circle left of a blue square", "This is an image of a green star above a heart."], trainer)
-    start = {} if family == "qwen2_5_vl" else dict(bos_token=SPECIAL[family][0]) # Qwen's tokenizer names no start token
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[family][1], chat_template=TEMPLATES[family], **start)
+    start = {} if family.startswith("qwen") else dict(bos_token=SPECIAL[family][0]) # Qwen's tokenizer names no start token
+    named = dict(extra_special_tokens=dict(zip(("image_token", "boi_token", "eoi_token"), SPECIAL[family][2:]))) if family == "janus" else {} # its processor asks the tokenizer for them
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[family][1], chat_template=TEMPLATES[family], **start, **named)
 
 # %% ../../nbs/generate/adapters.ipynb #a05594a1
 def _text_config(special):
@@ -137,18 +144,37 @@ def _qwen_config(text, token):
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
     return Qwen2_5_VLConfig(vision_config=vision, text_config=dict(text, rope_parameters=rope), **{key: token(name) for key, name in names.items()})
 
-_CONFIGS = {"perception_lm": _perception_config, "llava": _llava_config, "qwen2_5_vl": _qwen_config}
+def _qwen3_config(text, token):
+    from transformers import Qwen3VLConfig
+    vision = dict(hidden_size=32, intermediate_size=48, depth=3, num_heads=2, patch_size=4, out_hidden_size=32, num_position_embeddings=64, deepstack_visual_indexes=[0, 1], initializer_range=.2)
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    return Qwen3VLConfig(vision_config=vision, text_config=dict(text, head_dim=8, rope_parameters=rope), **{key: token(name) for key, name in names.items()})
+
+def _janus_config(text, token):
+    from transformers import JanusConfig
+    vision = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=32, num_image_tokens=16, mlp_ratio=2, initializer_range=.2)
+    codes = dict(embed_dim=4, num_embeddings=8, latent_channels=8, base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, projection_dim=32, image_token_embed_dim=32)
+    return JanusConfig(text_config=dict(text, model_type="llama"), vision_config=vision, vq_config=codes, image_token_id=token("<image_placeholder>"))
+
+_CONFIGS = {"perception_lm": _perception_config, "llava": _llava_config, "qwen2_5_vl": _qwen_config, "qwen3_vl": _qwen3_config, "janus": _janus_config}
 
 # %% ../../nbs/generate/adapters.ipynb #d036fa8e
 def _preprocessor(family):
     "The file of pixel statistics that a real checkpoint of this family carries"
-    mean, std = ([.5] * 3, [.5] * 3) if family == "perception_lm" else ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
+    mean, std = ([.5] * 3, [.5] * 3) if family in ("perception_lm", "qwen3_vl", "janus") else ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711])
+    qwen = dict(size=dict(shortest_edge=64, longest_edge=1024), patch_size=4, merge_size=2, temporal_patch_size=2)
     sizes = {"perception_lm": dict(tile_size=32, max_num_tiles=36, vision_input_type="thumb+tile"), "llava": dict(crop_size=dict(height=32, width=32), size=dict(shortest_edge=32)),
-             "qwen2_5_vl": dict(size=dict(shortest_edge=64, longest_edge=1024), patch_size=4, merge_size=2, temporal_patch_size=2)}
+             "qwen2_5_vl": qwen, "qwen3_vl": qwen, "janus": dict(size=dict(height=32, width=32), min_size=14, image_processor_type="JanusImageProcessor")}
     return dict(image_mean=mean, image_std=std, resample=3, **sizes[family])
 
+_PROCESSORS = { # what a family's processor keeps in a file of its own
+    "llava": dict(processor_class="LlavaProcessor", image_token="<image>", patch_size=8, num_additional_image_tokens=1, vision_feature_select_strategy="default"),
+    "janus": dict(processor_class="JanusProcessor", num_image_tokens=16, use_default_system_prompt=False),
+}
+
 def save_miniature(
-    family: str, # perception_lm, llava or qwen2_5_vl
+    family: str, # perception_lm, llava, qwen2_5_vl, qwen3_vl or janus
     folder: str | Path, # made if needed
     seed: int = 0, # of the weights
 ) -> Path:
@@ -162,6 +188,7 @@ def save_miniature(
         AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(_preprocessor(family), indent=1) + "\n", encoding="utf-8")
+    if family in _PROCESSORS: (Path(folder) / "processor_config.json").write_text(json.dumps(_PROCESSORS[family], indent=1) + "\n", encoding="utf-8")
     return Path(folder)
 
 # %% ../../nbs/generate/adapters.ipynb #c0ede952

@@ -25,11 +25,11 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'write_json', 'check_target', 'delivery', 'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number',
            'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
            'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'compare_verb',
-           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'scorer_rows',
-           'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind', 'report_bind',
-           'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows',
-           'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation',
-           'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'as_wanted',
+           'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind',
+           'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts',
+           'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate',
+           'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -353,7 +353,7 @@ class Classify:
     "Score captions for a picture with every scorer."
     image: Path  # image file
     captions: tuple[str, ...] = ()  # two or more; a scorer that cannot read one is left out
-    scorer: str = "all"  # all, or names with commas between them
+    scorer: str = "all"  # all, or names with commas between them; a pretrained model as KIND:FOLDER or KIND:HUB_ID
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 0  # of the denoising noise
     root: Optional[Path] = None  # folder of checkpoints
@@ -366,22 +366,29 @@ class Classify:
         from vugen.data.images import to_tensor
         scorers = place_scorers(root, self.scorer, device, self.seed)
         image = to_tensor(picture, seen_size(picture, world_size(root)))
-        rows, notes = classify_rows(scorers, image.to(device), captions)
+        rows, notes = classify_rows(scorers, image.to(device), captions, picture)
         if self.json: write_json(self.json, {"run": run_record(command, self.seed, root, device, notes=notes), "rows": rows})
         if str(self.json) != "-": show_classification(rows, captions); show_notes(notes)
 
 # %% ../../nbs/lab/cli.ipynb #3c0d0206
-def classify_rows(scorers, image, captions):
+def classify_rows(scorers, image, captions, picture=None):  # picture: the same at its own size, for scorers that shrink it themselves
     "Each scorer's score and softmax share of each caption in long form, and {scorer: why it gave none}; a `UserError` if none gave any."
     import torch
     rows, notes = [], {}
     for name, scorer in scorers.items():
         try:
-            with torch.no_grad(): scores = scorer.score(image, captions)[0].float().cpu()
+            with torch.no_grad(): scores = scorer.score(as_wanted(scorer, image, picture), captions)[0].float().cpu()
         except UserError as error: notes[name] = sentence(error); continue
         rows += scorer_rows(name, captions, scores)
     if not rows: raise UserError(f"No scorer can read the captions: {next(iter(notes.values()))}")
     return rows, notes
+
+
+def as_wanted(scorer, image, picture):
+    "The picture at its own size, or a square of another side, where the scorer asks for it by `picture_size`."
+    from vugen.data.images import to_tensor
+    size = getattr(scorer, "picture_size", None) if picture is not None else None
+    return image if size is None else [picture] if size == "original" else to_tensor(picture, size).to(image.device)
 
 
 def scorer_rows(name, captions, scores):  # scores: [C]
@@ -428,7 +435,7 @@ def seen_size(picture, smallest, largest=256):  # a Pillow picture; the world's 
 class Bind:
     "Score captions against pictures: our scenes, or a published benchmark from a folder, with 95% intervals, chance and published anchors."
     suite: str = "scenes"  # scenes, or a published benchmark: winoground, sugarcrepe, aro-relation, mmvp-vlm … (a wrong name lists all)
-    scorer: str = "all"  # all, or names with commas between them
+    scorer: str = "all"  # all, or names with commas between them; pretrained models as KIND:FOLDER or KIND:HUB_ID with clip, likelihood, likelihood-pmi, vqascore or diffusion for KIND
     limit: Optional[int] = None  # items of each kind; 200 of scenes, all of a published benchmark
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the scenes: apart from the training's

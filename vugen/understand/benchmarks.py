@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data.foils import FOIL_KINDS, make_foil
+from ..data.images import to_pil
 from ..data.scenes import World, render, to_float
 from ..errors import UserError
 from ..evaluate.intervals import wilson
@@ -22,8 +23,9 @@ from ..paths import atomic_path
 from .scorers import Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
-__all__ = ['CHANCE', 'SUITE_SEED', 'ONE_WAY', 'SUITES', 'winoground_scores', 'BindingItem', 'Suite', 'scene_suite', 'SuiteResult',
-           'save_records', 'run_suite', 'Pivot', 'plot_rows', 'run_bind']
+__all__ = ['CHANCE', 'SUITE_SEED', 'ORIGINAL_SIDE', 'ONE_WAY', 'SUITES', 'winoground_scores', 'BindingItem', 'Suite',
+           'scene_suite', 'SuiteResult', 'save_records', 'run_suite', 'Pivot', 'plot_rows', 'pretrained_marks',
+           'run_bind']
 
 # %% ../../nbs/understand/benchmarks.ipynb #2dbd5f38
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "pair": 1 / 2, "group_match": 1 / 2}
@@ -65,11 +67,17 @@ class Suite:
     items: list[BindingItem]
     pictures: Callable  # indices [B] → float [B, 2, 3, H, W]; where there is no second picture, the first again
     scenes: list | None = None  # the two scenes behind each item, if known; None for a picture that is not there
+    sized: Callable | None = None  # (indices [B], side in pixels or "original") → pictures of that side, or B × 2 Pillow pictures at their own sizes
 
     def __len__(self): return len(self.items)
 
+    def shown(self, indices: Sequence[int], size: int | str | None = None):
+        "Pictures as a scorer wants them, see its `picture_size`; those of the suite where it wants nothing"
+        return self.pictures(indices) if size is None or self.sized is None else self.sized(indices, size)
+
 # %% ../../nbs/understand/benchmarks.ipynb #fc90a686
 SUITE_SEED = 9_000_000  # added to the suite's seed: training runs use small ones
+ORIGINAL_SIDE = 256  # pixels of a drawn scene for a scorer that shrinks pictures itself
 ONE_WAY = ("add-object", "add-attribute")  # their first caption is true of both pictures
 
 def _foil_pictures(foil, size: int) -> torch.Tensor:
@@ -87,8 +95,9 @@ def scene_suite(
     world = world or World()
     foils = [make_foil(world, kind, SUITE_SEED + seed, index) for kind in kinds for index in range(n)]
     items = [BindingItem(foil.kind, f"{foil.kind}/{seed}/{number % n}", (foil.caption_0, foil.caption_1), not foil.complete or foil.kind in ONE_WAY) for number, foil in enumerate(foils)]
-    pictures = lambda indices: torch.stack([_foil_pictures(foils[index], world.image_size) for index in indices])
-    return Suite("scenes", items, pictures, [(foil.scene_0, foil.scene_1) for foil in foils])
+    pictures = lambda indices, size=world.image_size: torch.stack([_foil_pictures(foils[index], size) for index in indices])
+    large = lambda indices: [[to_pil(picture) for picture in pair] for pair in pictures(indices, max(ORIGINAL_SIDE, world.image_size))]
+    return Suite("scenes", items, pictures, [(foil.scene_0, foil.scene_1) for foil in foils], lambda indices, size: large(indices) if size == "original" else pictures(indices, size))
 
 # %% ../../nbs/understand/benchmarks.ipynb #0a196e85
 @dataclass
@@ -153,7 +162,7 @@ def run_suite(
     parts = []
     for start in range(0, len(suite), batch_size):
         indices = list(range(start, min(start + batch_size, len(suite))))
-        parts.append(score_items(scorer, suite.pictures(indices), [suite.items[index].captions for index in indices]).double())
+        parts.append(score_items(scorer, suite.shown(indices, getattr(scorer, "picture_size", None)), [suite.items[index].captions for index in indices]).double())
         if progress: progress(indices[-1] + 1, len(suite))
     return SuiteResult(scorer.name, suite.name, suite.items, torch.cat(parts))
 
@@ -203,9 +212,16 @@ def plot_rows(
 # %% ../../nbs/understand/benchmarks.ipynb #79fce20f
 SUITES = ("scenes",)
 
+def pretrained_marks(
+    scorers: dict,  # name → scorer
+) -> dict:  # for a run's record
+    "Fingerprints of scorers that were loaded by folder or hub id"
+    marks = {name: scorer.fingerprint for name, scorer in scorers.items() if hasattr(scorer, "fingerprint")}
+    return {"pretrained": marks} if marks else {}
+
 def run_bind(
     suite: str = "scenes",  # one of `SUITES`
-    scorers: str | Sequence[str] = "all",  # names, see `vugen.understand.scorers.scorer_names`
+    scorers: str | Sequence[str] = "all",  # names, see `vugen.understand.scorers.scorer_names`; KIND:FOLDER for pretrained models
     root: str | Path | None = None,  # folder of checkpoints; none is the embedded `tiny` one
     limit: int = 200,  # items of each kind of foil
     seed: int = 0,  # of the items
@@ -224,5 +240,5 @@ def run_bind(
     results = [run_suite(scorer, made, progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None) for name, scorer in loaded.items()]
     if items: save_records([record for result in results for record in result.records()], items)
     left_out = [name for name in scorer_names("all") if name not in loaded] if scorers == "all" else []
-    run = run_record(command, seed, parts.root, device, suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, world=world.asdict())
+    run = run_record(command, seed, parts.root, device, suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, world=world.asdict(), **pretrained_marks(loaded))
     return {"run": run, "rows": [row for result in results for row in result.rows()]}

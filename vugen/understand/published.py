@@ -20,21 +20,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data.images import load_image, to_tensor
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
 from ..paths import atomic_path, cache_dir
-from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, run_bind, winoground_scores
+from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, pretrained_marks, run_bind, winoground_scores
 from .scorers import ContrastiveScorer, Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'RULES', 'BENCHMARKS', 'SYMMETRIC', 'BLIND', 'Shot', 'PublishedItem', 'open_shot', 'read_list', 'Folder',
-           'Rule', 'Benchmark', 'order_options', 'recognised', 'benchmark_named', 'limited', 'PublishedSuite',
-           'load_published', 'item_scores', 'blind_scores', 'macro_interval', 'joint_verdicts', 'published_rows',
-           'ScoreStore', 'item_digest', 'score_batch', 'rows_of', 'run_published', 'rows_from_items', 'bind',
-           'anchored']
+__all__ = ['SUFFIXES', 'RULES', 'BENCHMARKS', 'SYMMETRIC', 'BLIND', 'Shot', 'PublishedItem', 'open_original', 'open_shot',
+           'read_list', 'Folder', 'Rule', 'Benchmark', 'order_options', 'recognised', 'benchmark_named', 'limited',
+           'PublishedSuite', 'load_published', 'item_scores', 'blind_scores', 'macro_interval', 'joint_verdicts',
+           'published_rows', 'ScoreStore', 'item_digest', 'score_batch', 'rows_of', 'run_published', 'rows_from_items',
+           'bind', 'anchored']
 
 # %% ../../nbs/understand/published.ipynb #2e1b5fb8
 @dataclass(frozen=True)
@@ -68,17 +69,23 @@ def _cell(shot): # bytes of a picture in a Parquet table
     cell = _cells(shot.path, group, shot.column)[row]
     return cell["bytes"] if isinstance(cell, dict) else cell
 
+def open_original(
+    shot: Shot,
+) -> Image.Image:  # RGB
+    "The picture at its own size, cut out where a box is given: of a box that reaches over the edge only the part inside; one wholly outside is refused"
+    source = shot.path if shot.row is None else _cell(shot)
+    if not shot.box: return load_image(source)
+    picture = load_image(source, max_side=1_000_000)  # never scaled: the box is in pixels of the file
+    left, top, right, bottom = (min(max(round(edge), 0), side) for edge, side in zip(shot.box, picture.size * 2))
+    if right <= left or bottom <= top: raise UserError(f"{shot.path} is {picture.width}×{picture.height} pixels and the box {shot.box} lies outside of it: fetch the picture that belongs to the list.")
+    return picture.crop((left, top, right, bottom))
+
 def open_shot(
     shot: Shot,
     size: int = 256,  # side in pixels of the square that scorers are shown
 ) -> torch.Tensor:  # [3, size, size] in [0, 1]
-    "The picture, cut out where a box is given: of a box that reaches over the edge only the part inside; one wholly outside is refused"
-    source = shot.path if shot.row is None else _cell(shot)
-    if not shot.box: return to_tensor(load_image(source), size)[0]
-    picture = load_image(source, max_side=1_000_000)  # never scaled: the box is in pixels of the file
-    left, top, right, bottom = (min(max(round(edge), 0), side) for edge, side in zip(shot.box, picture.size * 2))
-    if right <= left or bottom <= top: raise UserError(f"{shot.path} is {picture.width}×{picture.height} pixels and the box {shot.box} lies outside of it: fetch the picture that belongs to the list.")
-    return to_tensor(picture.crop((left, top, right, bottom)), size)[0]
+    "The square in the middle of `open_original`"
+    return to_tensor(open_original(shot), size)[0]
 
 # %% ../../nbs/understand/published.ipynb #f2fd904e
 def _unlike(path, problem, wants): return UserError(f"{path}{problem}: expected {wants}.")
@@ -539,8 +546,9 @@ def load_published(
     same = sum(len(set(item.captions)) < len(item.captions) for item in kept)
     if same: folder.notes["equal captions"] = f"{same} items hold the same caption twice and cannot be won."
     kept = limited(kept, limit)
-    opened = lambda indices: torch.stack([torch.stack([open_shot(shot, size) for shot in kept[index].shots]) for index in indices])
-    return PublishedSuite(name, kept, opened, None, benchmark, folder.notes)
+    opened = lambda indices, side=size: torch.stack([torch.stack([open_shot(shot, side) for shot in kept[index].shots]) for index in indices])
+    originals = lambda indices: [[open_original(shot) for shot in kept[index].shots] for index in indices]
+    return PublishedSuite(name, kept, opened, sized=lambda indices, side: originals(indices) if side == "original" else opened(indices, side), benchmark=benchmark, notes=folder.notes)
 
 def _checked_items(items, root, benchmark):
     if not items: raise UserError(f"{root} holds a list of {benchmark.title} without any item: expected {benchmark.wants}.")
@@ -550,10 +558,12 @@ def _checked_items(items, root, benchmark):
 # %% ../../nbs/understand/published.ipynb #a5819844
 def item_scores(
     scorer,  # any `Scorer`
-    pictures: Sequence[torch.Tensor],  # n × [I, 3, H, W]
+    pictures: Sequence,  # n × [I, 3, H, W]; n × I Pillow pictures for a scorer whose `picture_size` is "original"
     captions: Sequence[Sequence[str]],  # n × C captions
 ) -> list[np.ndarray]:  # n × float64 [I, C]
     "The scores within each item"
+    if hasattr(scorer, "score_blocks"): return [block.double().cpu().numpy() for block in scorer.score_blocks(pictures, captions)]  # it sees to batches itself
+    if not isinstance(pictures[0], torch.Tensor): return [scorer.score(list(images), list(words)).double().cpu().numpy() for images, words in zip(pictures, captions, strict=True)]
     count = len(pictures[0])
     if count > 1 and all(len(each) == count for each in captions): return list(score_items(scorer, torch.stack(list(pictures)), captions).double().numpy())
     if not isinstance(scorer, ContrastiveScorer): return [scorer.score(images, list(words)).detach().cpu().double().numpy() for images, words in zip(pictures, captions, strict=True)]
@@ -685,10 +695,10 @@ def _record(suite, item, place, scorer, fingerprint, matrix, problem=""):
     return {"suite": suite.name, "scorer": scorer, "fingerprint": fingerprint, "key": item.key, "digest": item_digest(item), "category": item.category, "group": item.group, "slot": item.slot, "place": place,
             "captions": list(item.captions), "pictures": RULES[suite.benchmark.rule].pictures, "scores": [] if matrix is None else matrix.flatten().tolist(), "problem": problem}
 
-def _opened(suite, indices): # (index, pictures) that open, {index: what is wrong}
+def _opened(suite, indices, size): # (index, pictures) that open, {index: what is wrong}
     good, bad = [], {}
     for index in indices:
-        try: good.append((index, suite.pictures([index])[0]))
+        try: good.append((index, suite.shown([index], size)[0]))
         except UserError as error: bad[index] = str(error)
     return good, bad
 
@@ -701,7 +711,7 @@ def score_batch(
     blind: bool = False,  # captions alone
 ) -> list[dict]:  # one record an item
     "Score some items; one that cannot be opened is recorded with its problem and without scores"
-    good, bad = ([(index, None) for index in indices], {}) if blind else _opened(suite, indices)
+    good, bad = ([(index, None) for index in indices], {}) if blind else _opened(suite, indices, getattr(scorer, "picture_size", None))
     captions = [suite.items[index].captions for index, _ in good]
     scores = [] if not good else blind_scores(scorer, captions, RULES[suite.benchmark.rule].pictures) if blind else item_scores(scorer, [pictures for _, pictures in good], captions)
     for (index, _), matrix in zip(good, scores, strict=True):
@@ -729,7 +739,7 @@ def run_published(
     suite: PublishedSuite,
     scorers: dict,  # name → scorer
     store: ScoreStore,
-    fingerprint: str = "",  # of the weights behind the scorers
+    fingerprint: str = "",  # of the weights behind scorers that have none of their own
     size: int = 256,  # side of the pictures, part of a score's identity
     blind: bool = False,  # captions alone
     lenient: bool = False,  # a scorer that cannot read the captions is left out, with a note
@@ -742,7 +752,8 @@ def run_published(
     if other: raise UserError(f"{store.path} holds scores of {other}, not of {suite.name}: name another file with --items.")
     digests = {item.key: item_digest(item) for item in suite.items}
     for name, scorer in scorers.items():
-        mark = hashlib.sha256(f"{name}/{fingerprint}/{'captions' if blind else size}".encode()).hexdigest()[:16]
+        weights, seen = getattr(scorer, "fingerprint", fingerprint), "captions" if blind else getattr(scorer, "picture_size", size)
+        mark = hashlib.sha256(f"{name}/{weights}/{seen}".encode()).hexdigest()[:16]
         known = {record["key"]: record for record in before if record["scorer"] == name and record["fingerprint"] == mark and digests.get(record["key"]) == record["digest"]}
         todo = [index for index, item in enumerate(suite.items) if item.key not in known]
         try:
@@ -756,6 +767,8 @@ def run_published(
             notes[name] = str(error)
             continue
         ran.append(name)
+        remark = None if blind or not hasattr(scorer, "remarks") else scorer.remarks([caption for item in suite.items for caption in item.captions])
+        if remark: notes[name] = remark
         kept |= {(name, item.key): {**known[item.key], "place": place} for place, item in enumerate(suite.items)}
     if not ran: raise UserError(f"no scorer could read the captions of {suite.benchmark.title}: {next(why for name, why in notes.items() if name in scorers)}")
     rows, more = rows_of(kept.values(), ran)
@@ -793,7 +806,7 @@ BLIND = ("caption-only", "bag-of-words")  # scorers that look at no picture
 
 def bind(
     suite: str,  # `scenes`, or one of `BENCHMARKS`
-    scorers: str | Sequence[str] = "all",  # see `vugen.understand.scorers.scorer_names`
+    scorers: str | Sequence[str] = "all",  # see `vugen.understand.scorers.scorer_names`; KIND:FOLDER for pretrained models
     root: str | Path | None = None,  # the benchmark's folder; for `scenes`, where `checkpoints` is not given, that of checkpoints
     checkpoints: str | Path | None = None,  # folder of checkpoints; none is the embedded `tiny` one
     images: str | Path | None = None,  # the benchmark's pictures, where they lie elsewhere
@@ -801,7 +814,7 @@ def bind(
     seed: int = 0,  # of the scenes
     items: str | Path | None = None,  # Parquet file for the scores of every item; none: one in the cache
     captions_only: bool = False,  # the two scorers that look at no picture
-    size: int = 256,  # side of the pictures that scorers are shown
+    size: int = 256,  # side of the pictures that scorers are shown, where they do not ask for another
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
     device: str | torch.device = "cpu",  # where the scorers are put
     command: str = "bind",  # for the record
@@ -819,7 +832,7 @@ def bind(
     seeing = [name for name in names if name not in BLIND]
     if captions_only and seeing: raise UserError(f"scorer {seeing[0]!r} looks at pictures: with captions only choose among {', '.join(BLIND)}.")
     loaded = load_scorers(parts, [name for name in names if not (lenient and name == "caption-only" and not parts.has("vlm"))], device)
-    run = run_record(command, seed, parts.root, device, suite=suite, limit=limit, captions_only=captions_only, picture_size=size)
+    run = run_record(command, seed, parts.root, device, suite=suite, limit=limit, captions_only=captions_only, picture_size=size, **pretrained_marks(loaded))
     weights = hashlib.sha256(json.dumps([run["checkpoints"], run["versions"].get("vugen")], sort_keys=True).encode()).hexdigest()[:16]
     store = ScoreStore(items or cache_dir() / "bind" / f"{suite}{'-captions' if captions_only else ''}-{_place(root)}.parquet")
     found = run_published(made, loaded, store, weights, size, captions_only, lenient, progress=progress)

@@ -5,6 +5,7 @@
 # %% ../../nbs/understand/scorers.ipynb #5c206f08
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections import Counter
@@ -22,10 +23,10 @@ from ..paths import checkpoints_dir
 from .diffusion_classifier import classifier_scores, classifier_times, paired_errors, paired_noises
 
 # %% auto #0
-__all__ = ['SCORERS', 'reading', 'PairScorer', 'score_items', 'ContrastiveScorer', 'LiTScorer', 'CaptionLikelihoodScorer',
-           'CaptionOnlyScorer', 'select_prompts', 'DenoisingScorer', 'BagOfWordsScorer', 'WordShuffled',
-           'word_shuffled', 'Planted', 'PerfectScorer', 'WordSpotter', 'RandomScorer', 'world_of', 'Parts',
-           'scorer_names', 'load_scorers']
+__all__ = ['SCORERS', 'FOREIGN', 'reading', 'PairScorer', 'score_items', 'ContrastiveScorer', 'LiTScorer',
+           'CaptionLikelihoodScorer', 'CaptionOnlyScorer', 'select_prompts', 'DenoisingScorer', 'BagOfWordsScorer',
+           'WordShuffled', 'word_shuffled', 'Planted', 'PerfectScorer', 'WordSpotter', 'RandomScorer', 'world_of',
+           'Parts', 'foreign', 'table_names', 'load_foreign', 'scorer_names', 'load_scorers']
 
 # %% ../../nbs/understand/scorers.ipynb #e8d3c8a4
 @contextmanager
@@ -72,12 +73,12 @@ class PairScorer:
 # %% ../../nbs/understand/scorers.ipynb #023cbd83
 def score_items(
     scorer,  # any `Scorer`
-    images: torch.Tensor,  # [n, K, 3, H, W] in [0, 1]
+    images,  # [n, K, 3, H, W] in [0, 1]; n × K Pillow pictures for a scorer whose `picture_size` is "original"
     captions: Sequence[Sequence[str]],  # n × K captions
 ) -> torch.Tensor:  # [n, K, K] on the CPU
     "The scores within each item, by the fastest way that the scorer offers"
-    if hasattr(scorer, "score_items"): return scorer.score_items(images, captions).float().cpu()
-    return torch.stack([scorer.score(pictures, list(texts)).float().cpu() for pictures, texts in zip(images, captions, strict=True)])
+    if hasattr(scorer, "score_items"): return scorer.score_items(images, captions).cpu()
+    return torch.stack([scorer.score(pictures, list(texts)).cpu() for pictures, texts in zip(images, captions, strict=True)])
 
 # %% ../../nbs/understand/scorers.ipynb #e888f3f5
 class ContrastiveScorer(PairScorer):
@@ -223,7 +224,10 @@ class BagOfWordsScorer(PairScorer):
 # %% ../../nbs/understand/scorers.ipynb #6213bcf0
 class WordShuffled:
     "Control: a scorer that is given each caption's words in alphabetical order"
-    def __init__(self, scorer): self.scorer, self.name = scorer, f"{scorer.name}, words sorted"
+    def __init__(self, scorer):
+        self.scorer, self.name = scorer, f"{scorer.name}, words sorted"
+        for name in ("picture_size", "fingerprint"):  # what a suite and a store ask of the scorer inside
+            if hasattr(scorer, name): setattr(self, name, getattr(scorer, name))
     @staticmethod
     def _sorted(captions): return [" ".join(sorted(caption.split())) for caption in captions]
     def score(self, images, captions): return self.scorer.score(images, self._sorted(captions))
@@ -352,6 +356,46 @@ def _baseline_scorer(stage, name): # folder of a generator; name in tables
 
 SCORERS.update({f"denoising-{kind}": _baseline_scorer(f"generator-{kind}", f"denoising-{kind}") for kind in ("decoupled", "repa")})
 
+# %% ../../nbs/understand/scorers.ipynb #bb000002
+FOREIGN = {  # kind → what loads it: called with a folder or hub id, name=, device=
+    "clip": "pretrained:clip_scorer",
+    "likelihood": "pretrained:likelihood_scorer",
+    "likelihood-pmi": "pretrained:information_scorer",
+    "vqascore": "pretrained:yes_scorer",
+    "diffusion": "pipelines:pipeline_scorer",
+}
+
+def foreign(
+    name: str,  # of a scorer
+) -> tuple[str, str] | None:  # kind, folder or hub id; none for a scorer of ours
+    "What a name such as clip:openai/clip-vit-base-patch32 means"
+    kind, colon, place = name.partition(":")
+    if not colon: return None
+    if kind not in FOREIGN: raise UserError(f"there is no kind {kind!r} of pretrained scorer (in {name!r}): choose among {', '.join(FOREIGN)}.")
+    if not place.strip(): raise UserError(f"the scorer {name!r} names no model: write a folder or a hub id behind the colon, such as {kind}:./model.")
+    return kind, place.strip()
+
+def table_names(
+    names: Sequence[str],  # of scorers
+) -> dict[str, str]:  # name → the short one that stands in tables
+    "Short names, each different from the others"
+    short = lambda name, depth: name if foreign(name) is None else f"{foreign(name)[0]}:{'/'.join(Path(foreign(name)[1]).expanduser().absolute().parts[-depth:])}"
+    names, depth = list(dict.fromkeys(names)), dict.fromkeys(names, 1)
+    for _ in range(max((len(Path(name).parts) for name in names), default=0)):
+        called = {name: short(name, depth[name]) for name in names}
+        for name in names: depth[name] += list(called.values()).count(called[name]) > 1
+    return {name: short(name, depth[name]) for name in names}
+
+def load_foreign(
+    name: str,  # KIND:FOLDER or KIND:HUB_ID
+    short: str,  # what it is called in tables
+    device: str | torch.device | None = None,  # none is the processor
+):  # a `Scorer`
+    "A pretrained scorer by name"
+    kind, place = foreign(name)
+    module, loader = FOREIGN[kind].split(":")
+    return getattr(importlib.import_module(f"vugen.understand.{module}"), loader)(place, name=short, device=device or "cpu")
+
 # %% ../../nbs/understand/scorers.ipynb #2e1b306d
 def scorer_names(
     names: str | Sequence[str],  # "all", one name, names with commas between them, or a list
@@ -361,7 +405,7 @@ def scorer_names(
     if names == "all": return [name for name, (stage, _) in SCORERS.items() if parts is None or stage is None or parts.has(stage)]
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     for name in names:
-        if name not in SCORERS: raise UserError(f"there is no scorer {name!r}: choose among {', '.join(SCORERS)}, or all.")
+        if foreign(name) is None and name not in SCORERS: raise UserError(f"there is no scorer {name!r}: choose among {', '.join(SCORERS)}, or all; a pretrained model is named KIND:FOLDER or KIND:HUB_ID, with {', '.join(FOREIGN)} for KIND.")
     return names
 
 # %% ../../nbs/understand/scorers.ipynb #0249b487
@@ -369,11 +413,12 @@ def load_scorers(
     root: str | Path | Parts | None = None,  # folder of checkpoints; none is the embedded `tiny` one
     names: str | Sequence[str] = "all",  # see `scorer_names`
     device: str | torch.device | None = None,  # where their models are put; none leaves them
-) -> dict:  # name → scorer
-    "Scorers by name, from trained checkpoints"
+) -> dict:  # name in tables → scorer
+    "Scorers by name, from trained checkpoints and from pretrained models"
     parts = root if isinstance(root, Parts) else Parts(root)
     if not parts.root.is_dir(): raise UserError(f"{parts.root} is not a folder of checkpoints: train one with `vugen train`, or name another.")
-    scorers = {name: SCORERS[name][1](parts) for name in scorer_names(names, parts)}
+    called = table_names(scorer_names(names, parts))
+    scorers = {short: SCORERS[name][1](parts) if foreign(name) is None else load_foreign(name, short, device) for name, short in called.items()}
     models = [part for scorer in scorers.values() for part in vars(scorer).values() if isinstance(part, torch.nn.Module)]
     for model in models if device is not None else (): model.to(device)
     return scorers
