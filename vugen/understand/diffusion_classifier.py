@@ -17,10 +17,10 @@ from ..errors import UserError
 from ..models.flow import SMALLEST, convert_error, interpolate, velocity_target
 
 # %% auto #0
-__all__ = ['BITS', 'TIME_PLANS', 'ESTIMATORS', 'LOSSES', 'WEIGHTS', 'classifier_times', 'paired_noises', 'paired_errors',
-           'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights', 'accuracy_by_time',
-           'accuracy_by_samples', 'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled', 'uniform_times',
-           'even_times', 'stratified_times', 'noise_of', 'SamplePlan', 'sample_plan', 'residual_losses', 'TimeWeight',
+__all__ = ['LOSSES', 'BITS', 'TIME_PLANS', 'ESTIMATORS', 'WEIGHTS', 'classifier_times', 'paired_noises', 'residual_losses',
+           'paired_errors', 'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights',
+           'accuracy_by_time', 'accuracy_by_samples', 'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled',
+           'uniform_times', 'even_times', 'stratified_times', 'noise_of', 'SamplePlan', 'sample_plan', 'TimeWeight',
            'time_weight', 'weighted', 'bernstein', 'FittedWeight', 'fitted_weight', 'fit_time_weight', 'corrected']
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #1a4ba23c
@@ -42,11 +42,24 @@ def paired_noises(
     "The noises that every picture and every caption share"
     return torch.randn(num_times, *shape, generator=torch.Generator().manual_seed(seed))
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #eb40638c
+LOSSES = ("l2", "l1", "huber")
+
+def residual_losses(
+    predicted: torch.Tensor,  # [P, ...], velocity
+    target: torch.Tensor,  # [P, ...]
+) -> torch.Tensor:  # [P, 3] float32: squares, absolute values, Huber's function (δ = 1, ½r² inside), each summed over a latent
+    "The three losses of each residual, in the order of `LOSSES`"
+    residual = (predicted.float() - target.float()).flatten(1)
+    size = residual.abs()
+    return torch.stack([residual.square().sum(1), size.sum(1), torch.where(size < 1, size.square() / 2, size - .5).sum(1)], 1)
+
 # %% ../../nbs/understand/diffusion_classifier.ipynb #3c9627f0
-def _at_time(velocity_fn: Callable, latents: torch.Tensor, prepared: Any, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    "Squared error of the velocity, summed over a latent in float32, at one time: [B]"
+def _at_time(velocity_fn: Callable, latents: torch.Tensor, prepared: Any, t: torch.Tensor, noise: torch.Tensor, loss: str = "l2") -> torch.Tensor:
+    "Error of the velocity (squares, or another of `LOSSES`), summed over a latent in float32, at one time: [B]"
     noise, t = noise.to(latents).expand_as(latents), t.to(latents).expand(len(latents))
     velocity = velocity_fn(interpolate(latents, noise, t), t, prepared)
+    if loss != "l2": return residual_losses(velocity, velocity_target(latents, noise))[:, LOSSES.index(loss)]
     return (velocity.float() - velocity_target(latents, noise).float()).square().flatten(1).sum(1)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #7f205c13
@@ -59,13 +72,15 @@ def paired_errors(
     noises: torch.Tensor,  # [T, ...]
     prepare: Callable = lambda conditions: conditions,  # list of B conditions → third argument of `velocity_fn`
     batch_size: int = 64,  # B, pairs that go through the network together
+    loss: str = "l2",  # one of `LOSSES`
 ) -> torch.Tensor:  # [P, T] float32
     "The error of every latent under its own condition, for every (time, noise)"
+    if loss not in LOSSES: raise UserError(f"there is no loss {loss!r}: choose among {', '.join(LOSSES)}.")
     if len(conditions) != len(latents): raise ValueError(f"{len(latents)} latents cannot be paired with {len(conditions)} conditions")
     rows = [torch.empty(0, len(times))]
     for start in range(0, len(latents), batch_size):
         chunk, prepared = latents[start:start + batch_size], prepare(conditions[start:start + batch_size])
-        rows.append(torch.stack([_at_time(velocity_fn, chunk, prepared, t, noise) for t, noise in zip(times, noises, strict=True)], 1).cpu())
+        rows.append(torch.stack([_at_time(velocity_fn, chunk, prepared, t, noise, loss) for t, noise in zip(times, noises, strict=True)], 1).cpu())
     return torch.cat(rows)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #46fc1f4b
@@ -250,18 +265,6 @@ def sample_plan(
     times = low + (high - low) * TIME_PLANS[kind](int(index[-1]) + 1, seed)[index]
     sign = 1 - 2 * (np.arange(num_samples) % 2) if paired else np.ones(num_samples, np.int64)
     return SamplePlan(torch.from_numpy(times), torch.from_numpy(index), torch.from_numpy(sign), seed)
-
-# %% ../../nbs/understand/diffusion_classifier.ipynb #eb40638c
-LOSSES = ("l2", "l1", "huber")
-
-def residual_losses(
-    predicted: torch.Tensor,  # [P, ...], velocity
-    target: torch.Tensor,  # [P, ...]
-) -> torch.Tensor:  # [P, 3] float32: squares, absolute values, Huber's function (δ = 1, ½r² inside), each summed over a latent
-    "The three losses of each residual, in the order of `LOSSES`"
-    residual = (predicted.float() - target.float()).flatten(1)
-    size = residual.abs()
-    return torch.stack([residual.square().sum(1), size.sum(1), torch.where(size < 1, size.square() / 2, size - .5).sum(1)], 1)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #68580c06
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -405,6 +405,7 @@ class _Errors:
         self.store, self.model, self.item, self.picture, self.plan, self.loss, self.weight = store, model, item, picture, plan, loss, time_weight(weight)
         self.captions = [*item.captions, *([""] if correct else [])]
         self.candidates, self.samples, self.correct = len(item.captions), len(plan), correct
+        self._line = torch.tensor([self.captions.index(caption) for caption in self.captions])  # a repeated candidate is one
         self.table = error_table(store, model, picture, self.captions, plan)
         self._asked = torch.zeros(self.table.shape[:2], dtype=torch.bool)
 
@@ -420,7 +421,7 @@ class _Errors:
     ) -> torch.Tensor:  # [K, J] float64, lower is better
         "Errors with loss and weight applied, less the unconditional ones where they are corrected"
         candidates, samples = torch.as_tensor(candidates, dtype=torch.long), torch.as_tensor(samples, dtype=torch.long)
-        lines = torch.cat([candidates, torch.tensor([self.candidates] if self.correct else [], dtype=torch.long)])
+        lines = self._line[torch.cat([candidates, torch.tensor([self.candidates] if self.correct else [], dtype=torch.long)])]
         self._asked[lines[:, None], samples] = True
         self._need(lines, samples)
         found = weighted(self.table[lines][:, samples], self.plan.times[samples], self.loss, self.weight)
@@ -512,7 +513,18 @@ def _gaps(store, evaluator, item, plan, correct):
     unknown = error_table(store, model, picture, captions, plan)[..., 0].isnan()
     return picture, captions, plan, unknown.T.nonzero().flip(1)
 
-# %% ../../nbs/understand/error_store.ipynb #eb738c01
+# %% ../../nbs/understand/error_store.ipynb #0546a02d
+def _unclaimed(gaps: list) -> list:
+    "The gaps of a block, each error in the first place only where pictures or candidates repeat"
+    pictures, claimed, kept = Counter(picture for picture, *_ in gaps), {}, []
+    for picture, captions, plan, missing in gaps:
+        if pictures[picture] > 1 or len(set(captions)) < len(captions):
+            mine, marks = claimed.setdefault(picture, set()), _sample_rows(plan)[["t", "seed", "noise", "sign"]].tolist()
+            keys = [(captions[line], *marks[sample]) for line, sample in missing.tolist()]
+            missing = missing[[not (key in mine or mine.add(key)) for key in keys]]
+        kept.append((picture, captions, plan, missing))
+    return kept
+
 def _block_triples(gaps, place):
     "The triples of a block of items and, of each row, its item"
     rows = [plan[missing[:, 1]] for _, _, plan, missing in gaps]
@@ -550,7 +562,7 @@ def fill(
     for first in range(0, len(items), block):
         chosen = items[first:first + block]
         gaps = [_gaps(store, evaluator, item, plan_of(first + number), correct) for number, item in enumerate(chosen)]
-        size = sum(len(captions) * len(each) for _, captions, each, _ in gaps)
+        size, gaps = sum(len(captions) * len(each) for _, captions, each, _ in gaps), _unclaimed(gaps)
         triples, _ = _block_triples(gaps, place := {caption: row for row, caption in enumerate(dict.fromkeys(caption for _, captions, _, _ in gaps for caption in captions))})
         done += size - len(triples)
         if len(triples):
