@@ -249,10 +249,10 @@ class SamplePlan:
         "The noises of the plan"
         return torch.stack([sign * noise_of(self.seed, index, shape) for index, sign in zip(self.index.tolist(), self.sign.tolist())])
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #0103393d
+# %% ../../nbs/understand/diffusion_classifier.ipynb #7442d321
 def sample_plan(
     num_samples: int,  # S
-    estimator: str = "antithetic",  # one of `ESTIMATORS`
+    estimator: str = "stratified",  # one of `ESTIMATORS`
     low: float = 0.2,  # times lie between `low`
     high: float = 0.8,  # and `high`
     seed: int = 0,  # of times and noises
