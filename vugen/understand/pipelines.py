@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -210,7 +209,7 @@ def _part_digest(part): # of weights and configuration, or of a vocabulary
     if isinstance(part, torch.nn.Module): return f"{fingerprint(part)} {_settings(part)}"
     if not hasattr(part, "get_vocab"): return _settings(part)
     backend = json.loads(part.backend_tokenizer.to_str()) if hasattr(part, "backend_tokenizer") else part.get_vocab()
-    return json.dumps({key: value for key, value in backend.items() if key not in ("padding", "truncation")}, sort_keys=True)
+    return json.dumps([part.model_max_length, {key: value for key, value in backend.items() if key not in ("padding", "truncation")}], sort_keys=True)
 
 # %% ../../nbs/understand/pipelines.ipynb #9def5972
 def call_flops(
@@ -418,12 +417,13 @@ def _check_weights(place, variant): # safetensors of the wanted variant, or a se
 def _load_part(folder, part, kind, dtype, variant): # one part of a pipeline
     place = folder / part
     if not place.is_dir(): raise UserError(f"{folder} has no folder {part}, which its model_index.json names: copy the pipeline again" + (", or leave that encoder out with t5=False." if part in ABSENT else "."))
-    library = "transformers" if part.startswith(("tokenizer", "text_encoder")) else "diffusers"
-    made = getattr(importlib.import_module(library), kind, None)
-    if made is None: raise UserError(f"{folder} has a {part} of class {kind}, which the installed {library} does not know: update it.")
+    import transformers
+    library = transformers if part.startswith(("tokenizer", "text_encoder")) else _diffusers()
+    made = getattr(library, kind, None)
+    if made is None: raise UserError(f"{folder} has a {part} of class {kind}, which the installed {library.__name__} does not know: update it.")
     if hasattr(made, "forward"):
         _check_weights(place, variant)
-        return load_whole(made, str(place), {"dtype" if library == "transformers" else "torch_dtype": dtype, "local_files_only": True, **({"variant": variant} if variant else {})})
+        return load_whole(made, str(place), {"dtype" if library is transformers else "torch_dtype": dtype, "local_files_only": True, **({"variant": variant} if variant else {})})
     try: return made.from_pretrained(str(place), local_files_only=True)
     except Exception as error: raise UserError(f"{place} cannot be loaded as {kind} ({' '.join(str(error).split())[:120]}): copy the pipeline again.") from error
 
@@ -481,6 +481,11 @@ class PipelineScorer(DenoisingScorer):
     def fingerprint(self) -> str:
         "Of the denoiser"
         return self.generator.fingerprint
+
+    @property
+    def picture_size(self) -> int:
+        "Side in pixels that pictures are brought to: larger ones lose nothing before, smaller ones have been robbed already"
+        return max(self.generator.picture_size)
 
     def _errors(self, latents, captions):
         "Errors [P, T] of latents under their own captions"
