@@ -479,8 +479,9 @@ class PipelineScorer(DenoisingScorer):
 
     @property
     def fingerprint(self) -> str:
-        "Of the denoiser"
-        return self.generator.fingerprint
+        "16 hex digits over the denoiser's and all that a score depends on besides"
+        told = [self.generator.fingerprint, self.generator.truncate, self.times.tolist(), self.error, self.subtract_unconditional, self.seed]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     @property
     def picture_size(self) -> int:
