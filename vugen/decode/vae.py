@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFUSERS_VAES', 'Posterior', 'as_posterior', 'LatentAutoencoder', 'PlainResBlock', 'conv_encoder', 'conv_decoder',
-           'ConvVAE', 'vae_loss', 'diffusers_class', 'DiffusersVAE', 'load_vae']
+           'ConvVAE', 'vae_loss', 'diffusers_class', 'DiffusersVAE', 'load_whole', 'load_vae']
 
 # %% ../../nbs/decode/vae.ipynb #ea6be021
 import json
@@ -204,10 +204,10 @@ class DiffusersVAE(LatentAutoencoder):
         else: source, (place, config) = str(name), _hub_config(str(name))
         kind = config.get("_class_name")
         if kind not in DIFFUSERS_VAES: raise UserError(f"{name} holds {'a ' + str(kind) if kind else 'no model of diffusers'}: give one of {', '.join(DIFFUSERS_VAES)}.")
-        return cls(_load_whole(diffusers_class(kind), source, place))
+        return cls(load_whole(diffusers_class(kind), source, place))
 
 # %% ../../nbs/decode/vae.ipynb #77414f31
-def _load_whole(kind, source, place: dict):
+def load_whole(kind, source, place: dict):
     "A diffusers model with every weight read from a safetensors file."
     try: model, report = kind.from_pretrained(source, use_safetensors=True, output_loading_info=True, **place)
     except Exception as error:  # truncated or missing weights, a config of another version: each raises its own class
