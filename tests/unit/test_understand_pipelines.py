@@ -473,3 +473,11 @@ def test_winoground_with_a_store_that_is_resumed(root, tmp_path, monkeypatch):
     assert torch.allclose(torch.tensor([record["scores"] for record in kept]).view(3, 2, 2), expected, atol=2e-3, rtol=1e-4) and {record["scorer"] for record in kept} == {"diffusion:flow"}
     monkeypatch.setattr(scorer.generator, "call", None)  # nothing is asked a second time
     assert run_published(suite, {scorer.name: scorer}, store, scorer.fingerprint, 32)["rows"] == found["rows"]
+
+
+def test_the_command_line_names_a_pipeline_by_its_folder(root, tmp_path, capsys):
+    from vugen.lab.cli import main
+    with pytest.raises(SystemExit) as left: main(["bind", "--suite", "scenes", "--scorer", f"diffusion:{root / 'flow'}", "--limit", "1", "--json", str(tmp_path / "rows.json")])
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert left.value.code == 0 and {row["scorer"] for row in found["rows"]} == {"diffusion:flow"} and str(root) not in json.dumps(found)
+    assert set(found["run"]["pretrained"]) == {"diffusion:flow"}

@@ -497,7 +497,8 @@ class PipelineScorer(DenoisingScorer):
         return convert_error(errors, self.times, "velocity", self.error)
 
 def pipeline_scorer(
-    name: str | Path,  # a folder in diffusers' format, or a hub id
+    path: str | Path,  # a folder in diffusers' format, or a hub id
+    name: str | None = None,  # in tables; none is "diffusion:" and the model's
     num_times: int = 10,  # T, network evaluations a pair
     low: float = 0.2,  # where the times begin (0 is noise)
     high: float = 0.8,  # where they end (1 is data)
@@ -510,4 +511,4 @@ def pipeline_scorer(
     **options,  # size, truncate, t5, variant of `load_denoiser`
 ) -> PipelineScorer:
     "A published diffusion model as a `Scorer`"
-    return PipelineScorer(load_denoiser(name, device, dtype, **options), None, num_times, low, high, subtract_unconditional, seed, batch_size, error)
+    return PipelineScorer(load_denoiser(path, device, dtype, **options), name, num_times, low, high, subtract_unconditional, seed, batch_size, error)
