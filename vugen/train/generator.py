@@ -14,6 +14,7 @@ import torch
 
 from ..data.corpora import Pairs
 from ..data.scenes import World, batch as scene_batch, captions, sample_scenes, uniforms
+from ..decode.autoencoder import check_link
 from ..decode.vae import load_vae
 from ..encode.latent_cache import LatentCache, build as build_cache
 from ..encode.reducers import load_reducer
@@ -21,8 +22,8 @@ from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
 from ..generate.baselines import AlignedGenerator, alignment_targets, decoupled
-from ..generate.text_to_image import TextToImage, load_pixel_decoder
-from ..generate.adapters import stage_vlm
+from ..generate.text_to_image import TextToImage, load_pixel_decoder, vlm_link
+from ..generate.adapters import source_name, stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from ..models.text import WordCodec, known_words
@@ -103,9 +104,15 @@ class GeneratorStage:
     def grow(self, vlm):
         "The generator, untrained, on its frozen parts"
         parts = load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
-        model = TextToImage(latent_dim=parts[0].dim, grid=tuple(vlm.vision.grid), vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(parts[0]), **self.part.model)
+        check_link(self.root / "decoder", vlm.vision)
+        model = TextToImage(latent_dim=parts[0].dim, grid=tuple(vlm.vision.grid), reducer_fingerprint=fingerprint(parts[0]), **vlm_link(vlm), **self.settings())
         self.same_start()
         return model.attach(vlm, *parts)
+
+    def settings(self):
+        "The preset's values for `TextToImage`; a folder of the VLM is named so that the saved model finds it"
+        model = dict(self.part.model)
+        return {**model, "vlm": source_name(model["vlm"])} if model.get("vlm") else model
 
     def same_start(self):
         "What a tower draws at random (its time embedding) is the same in every space, whatever was loaded before"
@@ -288,7 +295,7 @@ class DecoupledStage(GeneratorStage):
     def grow(self, vlm):
         vae, name = self.find_vae()
         self.same_start()
-        model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.part.model)
+        model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.settings())
         number = self.options.get("statistics", 2048)
         blocks = (list(range(start, min(start + 128, number))) for start in range(0, number, 128))
         model.space.fit_whitening(self.images(block, stream=1) for block in blocks)
