@@ -1,9 +1,12 @@
 """Every stage of a paper preset from a vision–language model in its real format to a generated picture: the preset's own values, bf16 included, with sizes that a test can bear."""
+import io
 import json
+import tarfile
 
 import pytest
 import torch
 
+from vugen.data.corpora import Lane, Pairs
 from vugen.data.images import load_image, save_png, to_tensor
 from vugen.data.scenes import World, batch
 from vugen.decode.autoencoder import PixelAutoencoder
@@ -16,7 +19,7 @@ from vugen.models.saving import weights_dtype
 from vugen.train.distill import load_decoders
 from vugen.train.latent_decoder import load_latent_autoencoder
 from vugen.train.loop import stage_parser, train_stage
-from vugen.train.presets import load_preset
+from vugen.train.presets import load_preset, override
 
 RECIPE = dict(steps=2, batch_size=4, warmup_steps=1, log_every=1, checkpoint_every=2, ema_start=0)
 PIXELS = dict(statistics=16, evaluation=4, perceptual="none", alignment="none")
@@ -125,3 +128,115 @@ def test_a_pair_trained_on_one_model_is_refused_by_a_generator_on_another(root, 
     save_miniature("perception_lm", place / "second", seed=1)
     with pytest.raises(UserError, match="trained on another encoder"): train("generator", place, place / "preset.json", "--out", str(place / "never"), "--set", f"model.vlm={place / 'second'}")
 
+
+
+# What the generators learn from, and what is kept of it
+
+def stage_of(name, place, **settings):
+    "A stage on the shrunk preset, built."
+    preset = override(load_preset(str(place / "preset.json")), name, settings)
+    stage = stage_class(name).on_corpus()(preset, place / "root")
+    stage.build()
+    return stage
+
+
+@pytest.fixture(scope="module")
+def shards(place):
+    "The corpus' pictures again, in four tar shards."
+    (place / "shards").mkdir()
+    pictures = sorted((place / "corpus").rglob("*.png"))
+    for number in range(4):
+        with tarfile.open(place / f"shards/{number}.tar", "w") as tar:
+            for path in pictures[number::4]:
+                for suffix, content in (("png", path.read_bytes()), ("txt", f"picture {path.stem}".encode())):
+                    member = tarfile.TarInfo(f"{path.stem}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return {"corpus.kind": "webdataset", "corpus.path": str(place / "shards"), "corpus.block": 4}
+
+
+def test_the_pool_covers_the_corpus(root, place, tmp_path, monkeypatch):
+    stage = stage_of("generator", place)
+    assert stage.pool is None and len({stage.corpus.train.order(index) for index in range(len(stage.corpus))}) == len(stage.corpus) == 36
+    assert stage_of("generator", place, **{"options.latent_cache": str(tmp_path / "one")}).pool.size == 36
+    monkeypatch.setattr(Pairs, "__len__", lambda pairs: 1_281_167)
+    assert stage_of("generator", place, **{"options.latent_cache": str(tmp_path / "two")}).pool.size == 1_281_167
+    assert stage_of("generator", place, **{"options.pool": 12}).pool.size == 12
+
+
+@pytest.mark.parametrize("setting,value,named", [("corpus.template", "A [CLS].", "corpus.template"), ("corpus.caption", "words", "corpus.caption"), ("corpus.held_out", 0.2, "corpus.held_out"),
+                                                 ("options.pool", 12, "pool"), ("options.pool_block", 6, "pool_block")])
+def test_a_cache_made_with_another_value_is_refused_by_name(root, place, tmp_path, setting, value, named):
+    cached = {"options.latent_cache": str(tmp_path / "cache")}
+    stage = stage_of("generator", place, **cached)
+    with pytest.raises(UserError, match=f"made with {named} = "): stage_of("generator", place, **cached, **{setting: value})
+    stage_of("generator", place, **cached, **{"corpus.workers": 3})  # who reads does not matter
+    stage.model.vlm.vision.preprocessing = {**stage.model.vlm.vision.preprocessing, "mean": (0.4, 0.5, 0.5)}
+    with pytest.raises(UserError, match="encoder.preprocessing"): stage.make_pool()
+
+
+def test_a_stream_is_cached_lane_by_lane(root, place, shards, tmp_path):
+    def lanes_read(stage): return [lane for lane, blocks in enumerate(stage.corpus.train.blocks) if blocks.number >= 0]
+    def cached(name): return {**shards, "options.latent_cache": str(tmp_path / name), "options.pool_block": 3, "recipe.steps": 5}
+    for rank in range(2):
+        stage = stage_of("generator", place, **cached("shared"))
+        stage.ready(stage.model, rank, 2)
+        assert lanes_read(stage) == [rank, rank + 2]  # no other process' shards
+    alone = stage_of("generator", place, **cached("alone"))
+    alone.ready(alone.model, 0, 1)
+    assert lanes_read(alone) == [0, 1, 2, 3]
+    def content(name): return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.safetensors")}
+    assert content("shared") == content("alone") and len(content("alone")) == 8
+    plain = stage_of("generator", place, **shards)
+    found, expected = alone.batch(list(range(4, 12))), plain.batch(list(range(4, 12)))
+    assert plain.pool is None and torch.allclose(found["latents"], expected["latents"], atol=1e-2) and torch.equal(found["ids"], expected["ids"])
+
+
+@pytest.mark.parametrize("name", ["generator", "generator-repa"])
+def test_of_several_processes_each_encodes_its_own_samples(root, place, name, monkeypatch):
+    stage, seen = stage_of(name, place, **{"options.pool": 30}), []
+    samples = stage.corpus.train.samples
+    monkeypatch.setattr(stage.corpus, "samples", lambda indices: [seen.append(list(indices)), samples(indices)][1])
+    stage.ready(None, 0, 1)
+    whole = stage.batch([40, 41])
+    assert all(len(each) > 2 for each in seen[:1])  # one process keeps whole blocks
+    seen.clear()
+    stage.ready(None, 1, 2)
+    own = stage.batch([40, 41])
+    assert seen == [[stage.pool.place(40), stage.pool.place(41)]]
+    assert torch.allclose(own["latents"], whole["latents"], atol=1e-2) and torch.equal(own["ids"], whole["ids"])
+
+
+def test_repa_reads_a_streams_pictures_once(root, place, shards, tmp_path, monkeypatch):
+    read, following = [], Lane.__next__
+    monkeypatch.setattr(Lane, "__next__", lambda lane: [read.append(1), following(lane)][1])
+    settings = {**shards, "options.pool": 8, "recipe.steps": 6}
+    stage = stage_of("generator-repa", place, **settings)
+    assert stage.pool is None
+    read.clear()
+    for step in range(6): made = stage.batch(list(range(4 * step, 4 * step + 4)))
+    assert made["targets"].shape == (4, 16, 24) and len(read) <= 24 + 4 * 4  # and a block a lane ahead
+    kept = stage_of("generator-repa", place, **settings, **{"options.latent_cache": str(tmp_path / "cache"), "options.keep_targets": True})
+    kept.ready(kept.model, 0, 1)
+    read.clear()
+    found, expected = [kept.batch(list(range(4 * step, 4 * step + 4))) for step in range(6)][0], stage_of("generator-repa", place, **shards).batch([0, 1, 2, 3])
+    assert torch.allclose(found["targets"].float(), expected["targets"].float(), atol=0.05) and torch.allclose(found["latents"], expected["latents"], atol=1e-2)
+    with pytest.raises(UserError, match="keep_targets"): stage_of("generator-repa", place, **settings, **{"options.latent_cache": str(tmp_path / "third")})
+
+
+def test_repas_cache_needs_the_corpus_no_more(root, place, tmp_path, monkeypatch):
+    stage = stage_of("generator-repa", place, **{"options.latent_cache": str(tmp_path / "cache"), "options.keep_targets": True})
+    stage.ready(stage.model, 0, 1)
+    monkeypatch.setattr(stage.corpus, "samples", lambda indices: pytest.fail("a picture was read"))
+    assert stage.batch([0, 5])["targets"].dtype == torch.float16
+
+
+def test_held_out_pictures_are_encoded_in_parts(root, place, tmp_path, monkeypatch):
+    from vugen.train.generator import TOGETHER
+    stage, sizes = stage_of("generator", place), []
+    images, told = batch(World(**load_preset("smoke").world), 3, range(150))["images"], [f"picture {number}" for number in range(150)]
+    monkeypatch.setattr(stage.corpus, "held_out", lambda count: (images, told))
+    encode = stage.model.encode_images
+    monkeypatch.setattr(stage.model, "encode_images", lambda part: [sizes.append(len(part)), encode(part)][1])
+    with torch.no_grad(): rows = stage.finish(stage.model, tmp_path)
+    assert max(sizes) <= TOGETHER and sum(sizes) == 150 and rows[0]["n"] == 150
