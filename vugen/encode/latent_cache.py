@@ -80,7 +80,9 @@ class LatentCache:
 
     def latents(self, number: int, row: int) -> torch.Tensor: return self.sample(number, row)["latents"] # [N, d]
 
-    def caption(self, number: int, row: int) -> str: return self._file(number)[1][row]
+    def caption(self, number: int, row: int) -> str | None:
+        captions = self._file(number)[1]
+        return captions and captions[row]
 
 # %% ../../nbs/encode/latent_cache.ipynb #0b965749
 def build(
