@@ -1,10 +1,17 @@
 "Pools of latents: which pictures a block holds, who makes it, and what is kept."
+import json
+
 import pytest
 import torch
 
 from vugen.data.corpora import lane_of
+from vugen.decode.autoencoder import encoder_link
 from vugen.encode.latent_cache import LatentCache
 from vugen.errors import UserError
+from vugen.generate.adapters import linked_encoder
+from vugen.generate.text_to_image import TextToImage, vlm_link
+from vugen.models.saving import fingerprint
+from vugen.paths import checkpoints_dir
 from vugen.train.generator import CorpusPool, LanePool, LatentPool
 from vugen.train.presets import PRESETS, load_preset, override
 
@@ -67,3 +74,12 @@ def test_what_lies_beside_the_latents_comes_along(cached, tmp_path):
 @pytest.mark.parametrize("size,block", [(10, 0), (-4, 2), (10, 4)])
 def test_impossible_pools_are_refused(size, block):
     with pytest.raises(UserError, match="pool"): LatentPool(numbers, size, block)
+
+
+def test_what_was_saved_before_types_were_recorded_still_matches():
+    root = checkpoints_dir("tiny")
+    config, link = (json.loads((root / path).read_text()) for path in ("generator/config.json", "decoder/encoder.json"))
+    model = TextToImage.from_pretrained(root)
+    assert "vlm_dtype" not in config and set(link) == {"encoder", "fingerprint"}
+    assert config["vlm_fingerprint"] == fingerprint(model.vlm) == vlm_link(model.vlm)["vlm_fingerprint"] and config["reducer_fingerprint"] == fingerprint(model.reducer)
+    assert encoder_link(linked_encoder(root)) == link  # and what is written today for a model of our own is what was written then
