@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vugen.data.scenes import World, batch
+from vugen.decode.autoencoder import encoder_link
 from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
 from vugen.decode.vae import ConvVAE, DiffusersVAE
 from vugen.encode.contrastive import ContrastiveModel
@@ -47,6 +48,7 @@ def root(tmp_path_factory):
     reducer = MLPReducer(hidden_size=16, dim=4)
     with torch.no_grad(): reducer.fit_whitening([contrastive.vision(batch(WORLD, 0, range(100))["images"]).tokens])
     reducer.save_pretrained(folder / "decoder/reducer")
+    (folder / "decoder/encoder.json").write_text(json.dumps(encoder_link(contrastive.vision)))
     PixelDiffusionDecoder(latent_dim=4, grid_size=4, base_channels=8, multipliers=(1, 1, 1, 1), num_layers=1).save_pretrained(folder / "decoder/pixel_decoder")
     vae = ConvVAE(widths=(8, 8, 16))
     vae.fit_scale([batch(WORLD, 2, range(50))["images"]]).save_pretrained(folder / "vae")

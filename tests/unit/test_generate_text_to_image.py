@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vugen.data.scenes import World, batch, captions, sample_scenes
+from vugen.decode.autoencoder import encoder_link
 from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
 from vugen.encode.contrastive import ContrastiveModel
 from vugen.encode.reducers import MLPReducer
@@ -39,6 +40,7 @@ def root(tmp_path_factory):
     reducer = MLPReducer(hidden_size=16, dim=4)
     with torch.no_grad(): reducer.fit_whitening([contrastive.vision(batch(WORLD, 0, range(100))["images"]).tokens])
     reducer.save_pretrained(folder / "decoder/reducer")
+    (folder / "decoder/encoder.json").write_text(json.dumps(encoder_link(contrastive.vision)))
     PixelDiffusionDecoder(latent_dim=4, grid_size=4, base_channels=8, multipliers=(1, 1, 1, 1), num_layers=1).save_pretrained(folder / "decoder/pixel_decoder")
     SceneParser.for_world(WORLD, width=8, blocks=1).save_pretrained(folder / "parser")
     model = TextToImage(latent_dim=4, grid=(4, 4), num_inference_steps=4, vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(reducer)).attach(vlm, reducer)

@@ -56,38 +56,44 @@ class LatentCache:
         number: int, # of the block
         latents: torch.Tensor, # [n, N, d]
         captions: list[str] | None = None, # [n]
+        beside: dict | None = None, # name → tensor [n, …], kept with them
     ):
         "Keep a block, whole or not at all"
-        with atomic_path(self.path(number)) as temporary: save_file({"latents": latents.contiguous()}, temporary, metadata={"captions": json.dumps(captions)})
+        tensors = {"latents": latents, **(beside or {})}
+        with atomic_path(self.path(number)) as temporary: save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata={"captions": json.dumps(captions)})
 
     def _file(self, number):
-        "The mapped file of a block and its captions"
+        "{name: slice} of a block's mapped file, and its captions"
         if number not in self.open:
             if len(self.open) >= FILES_OPEN: self.open.pop(next(iter(self.open)))
             try: file = safe_open(self.path(number), "pt")
             except Exception as error: raise UserError(f"{self.path(number)} is missing or damaged ({str(error).splitlines()[0]}): delete it, and it is computed again.") from error
-            self.open[number] = file.get_slice("latents"), json.loads(file.metadata()["captions"]), file
+            self.open[number] = {name: file.get_slice(name) for name in file.keys()}, json.loads(file.metadata()["captions"]), file
         return self.open[number]
 
-    def latents(self,
+    def sample(self,
         number: int, # of a block
         row: int, # in it
-    ) -> torch.Tensor: # [N, d]
-        "The latents of one sample"
-        return self._file(number)[0][row:row + 1][0]
+    ) -> dict: # {"latents": [N, d]}, and what was kept beside them
+        "The tensors of one sample"
+        return {name: part[row:row + 1][0] for name, part in self._file(number)[0].items()}
 
-    def caption(self, number: int, row: int) -> str: return self._file(number)[1][row]
+    def latents(self, number: int, row: int) -> torch.Tensor: return self.sample(number, row)["latents"] # [N, d]
+
+    def caption(self, number: int, row: int) -> str | None:
+        captions = self._file(number)[1]
+        return captions and captions[row]
 
 # %% ../../nbs/encode/latent_cache.ipynb #0b965749
 def build(
     cache: LatentCache,
-    make, # number of a block → (latents [n, N, d], captions [n] or None)
-    blocks: int, # wanted: 0 … blocks − 1
-    rank: int = 0, world: int = 1, # this process and their number: each makes its share
+    make, # number of a block → (latents [n, N, d], captions [n] or None), and as a third what is kept beside them
+    blocks: int | list[int], # wanted: 0 … blocks − 1, of which each process makes its share; or the numbers of this process' own share
+    rank: int = 0, world: int = 1, # this process and their number
     told=None, # called with (blocks done, blocks to do)
 ) -> int: # blocks made now
     "Compute the blocks that are not there yet"
-    missing = [number for number in range(rank, blocks, world) if number not in cache]
+    missing = [number for number in (range(rank, blocks, world) if isinstance(blocks, int) else blocks) if number not in cache]
     for done, number in enumerate(missing, 1):
         cache.write(number, *make(number))
         if told: told(done, len(missing))

@@ -13,18 +13,22 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from ..decode.autoencoder import read_link
+from ..encode.contrastive import ContrastiveModel
 from ..encode.encoders import FrozenBase, family_of, locate, quiet_transformers, read_preprocessing, resize_images, strip_prefix
 from ..errors import UserError
 from .mixture_of_transformers import text_decoder
 from .vlm import SceneVLM
 from ..models.layers import count_parameters
+from ..models.saving import as_dtype
 from ..models.seams import Patches, VisionEncoder
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'SPECIAL', 'ADAPTERS', 'STATISTICS', 'UnderstandingModel', 'PatchEncoder', 'start_token', 'pad_right',
            'miniature_tokenizer', 'save_miniature', 'any_size', 'load_vlm', 'load_tokenizer', 'VLMAdapter',
            'PerceptionLMAdapter', 'fixed_size', 'chat_text', 'prompt_ids', 'encode', 'logits', 'LlavaAdapter',
-           'window_order', 'cell_patches', 'QwenVLAdapter', 'load_adapter', 'stage_vlm', 'adapter_sizes']
+           'window_order', 'cell_patches', 'QwenVLAdapter', 'source_name', 'load_adapter', 'stage_vlm',
+           'linked_encoder', 'adapter_sizes']
 
 # %% ../../nbs/generate/adapters.ipynb #5ff17c4a
 @runtime_checkable
@@ -52,9 +56,10 @@ class PatchEncoder(FrozenBase):
         sizes: tuple[int, int, int], # side of pictures and of patches in pixels, width D of the tokens
         preprocessing: dict, # as `read_preprocessing` gives it
         name: str, # shown in tables
+        origin: dict | None = None, # what `load_adapter` was given: "vlm", a folder or a hub id, and "image_size"
     ):
         super().__init__()
-        self.tower, self.read, self.preprocessing, self.name = tower, read, preprocessing, name
+        self.tower, self.read, self.preprocessing, self.name, self.origin = tower, read, preprocessing, name, origin
         self.image_size, self.patch_size, self.hidden_size = sizes
         if self.image_size % self.patch_size: raise UserError(f"Pictures of {self.image_size} pixels do not divide into patches of {self.patch_size}: pass image_size as a multiple of {self.patch_size}.")
         self.grid = (self.image_size // self.patch_size,) * 2
@@ -233,6 +238,7 @@ class VLMAdapter(nn.Module):
     "A frozen vision–language model of `transformers` as an `UnderstandingModel`; made by `load_adapter`"
     family = "" # transformers' model_type
     default_size = None # side of pictures in pixels where the model takes any
+    origin = None # where `load_adapter` found it
 
     def __init__(self,
         model: nn.Module, # of the family's ForConditionalGeneration class
@@ -262,7 +268,7 @@ class VLMAdapter(nn.Module):
     def language_model(self) -> nn.Module: return text_decoder(self.model)
 
     @cached_property
-    def vision(self) -> PatchEncoder: return PatchEncoder(self.tower, self.read, self.sizes(), self.preprocessing, self.name)
+    def vision(self) -> PatchEncoder: return PatchEncoder(self.tower, self.read, self.sizes(), self.preprocessing, self.name, self.origin)
 
     @property
     def eye(self) -> PatchEncoder: return self.vision # what understanding sees with
@@ -450,6 +456,13 @@ class QwenVLAdapter(VLMAdapter):
 ADAPTERS = {adapter.family: adapter for adapter in (PerceptionLMAdapter, LlavaAdapter, QwenVLAdapter)}
 STATISTICS = {"perception_lm": "siglip", "qwen2_5_vl": "clip"} # whose pixel statistics a family uses where its folder does not say
 
+def source_name(
+    name: str | Path, # a folder, or a hub id
+) -> str:
+    "The same name as it can be told to another program: a folder as its whole path, a hub id as it is"
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(name)
+
 def load_adapter(
     name: str | Path, # a folder in transformers' format or written by `vugen train vlm`, or a hub id
     image_size: int | None = None, # side in pixels of the pictures that the generator's encoder sees; only for a family that takes any (PerceptionLM, its own if not given; Qwen2.5-VL, 448)
@@ -465,7 +478,9 @@ def load_adapter(
     family = config.get("model_type", config.get("class", "nameless"))
     if not isinstance(family, str) or family not in ADAPTERS: raise UserError(f"{name} holds a {family} model, for which there is no adapter: give a SceneVLM or a model of type {', '.join(ADAPTERS)}.")
     statistics = STATISTICS.get(family) or family_of(config.get("vision_config", {}).get("model_type", "clip"))
-    return ADAPTERS[family](load_vlm(folder, dtype, image_size is not None), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
+    found = ADAPTERS[family](load_vlm(folder, dtype, image_size is not None), load_tokenizer(folder), read_preprocessing(folder, statistics), image_size, chat, Path(name).name)
+    found.origin = {"vlm": source_name(name), "image_size": image_size}
+    return found
 
 # %% ../../nbs/generate/adapters.ipynb #e2f643d5
 def stage_vlm(
@@ -476,6 +491,16 @@ def stage_vlm(
     name, size = part.model.get("vlm") or part.options.get("encoder"), part.model.get("image_size") or part.options.get("encoder_size")
     if not name: return SceneVLM.from_pretrained(Path(root) / "vlm")
     return load_adapter(name, size, dtype=torch.bfloat16 if part.recipe.precision == "bf16" else torch.float32)
+
+# %% ../../nbs/generate/adapters.ipynb #e3e48547
+def linked_encoder(
+    root: str | Path, # folder of checkpoints
+    name: str = "decoder", # folder in it, of a stage that was trained on an encoder
+) -> nn.Module: # a `VisionEncoder`
+    "The encoder that a stage was trained on: of the vision–language model that its `encoder.json` names, or else ROOT/contrastive"
+    link = read_link(Path(root) / name)
+    if not link.get("vlm"): return ContrastiveModel.from_pretrained(Path(root) / "contrastive").vision
+    return load_adapter(link["vlm"], link.get("image_size"), dtype=as_dtype(link.get("dtype", "float32"))).vision
 
 # %% ../../nbs/generate/adapters.ipynb #a885c5e9
 def adapter_sizes(

@@ -15,7 +15,7 @@ from ..decode.vae import LatentAutoencoder
 from ..errors import UserError
 from .adapters import UnderstandingModel
 from .latent_spaces import patch_size_for
-from .text_to_image import TextToImage
+from .text_to_image import TextToImage, vlm_link
 from ..models.saving import fingerprint
 
 # %% auto #0
@@ -27,6 +27,7 @@ def decoupled(
     vlm: UnderstandingModel, # the backbone; its tower is copied
     vae: LatentAutoencoder, # of the pictures; SD3's in the paper
     picture_size: int, # side in pixels of the pictures that are drawn
+    /, # the options have a `vlm` of their own: its name
     vae_name: str = "../vae", # where the saved model will look for it
     **options, # of `TextToImage`
 ) -> TextToImage:
@@ -35,7 +36,7 @@ def decoupled(
     side = picture_size // vae.factor
     patch = patch_size_for((side, side), tuple(vlm.vision.grid))
     sizes = dict(latent_dim=vae.latent_channels * patch**2, grid=(side // patch,) * 2)
-    return TextToImage(space="vae", vae=vae_name, vlm_fingerprint=fingerprint(vlm), vae_fingerprint=fingerprint(vae), **sizes, **options).attach(vlm, vae=vae)
+    return TextToImage(space="vae", vae=vae_name, vae_fingerprint=fingerprint(vae), **vlm_link(vlm), **sizes, **options).attach(vlm, vae=vae)
 
 # %% ../../nbs/generate/baselines.ipynb #ab312942
 def alignment_layer(

@@ -19,11 +19,11 @@ from .latent_spaces import make_space
 from .mixture_of_transformers import MixtureOfTransformers, PromptCache
 from ..decode.vae import load_vae
 from ..models.flow import dimension_shift, euler, interpolate, velocity_target, with_guidance
-from ..models.saving import CONFIG_FILE, PretrainedMixin, building, fingerprint, load_weights, read_config
+from ..models.saving import CONFIG_FILE, PretrainedMixin, as_dtype, building, fingerprint, load_weights, read_config, weights_dtype
 
 # %% auto #0
 __all__ = ['check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage', 'generator_folder', 'vlm_folder',
-           'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
+           'vlm_link', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
 
 # %% ../../nbs/generate/text_to_image.ipynb #3572c446
 def check_prompts(
@@ -93,6 +93,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         space: str = "understanding", # what is sampled, see `make_space`
         vae: str = "../vae", # of space "vae": folder relative to the saved model, or a hub id
         vae_fingerprint: str = "",
+        vlm_dtype: str = "float32", # of the VLM's weights: it is loaded in the type it was trained with
     ):
         super().__init__()
         if not all(isinstance(part, str) for part in (vlm, reducer, pixel_decoder)): raise UserError("vlm, reducer and pixel_decoder are names of folders: give texts.")
@@ -117,9 +118,9 @@ class TextToImage(nn.Module, PretrainedMixin):
         return self
 
     def _check_part(self, part, name):
-        expected = self.config[f"{name}_fingerprint"]
-        if part is not None and expected and fingerprint(part) != expected:
-            raise UserError(f"the {name} is not the one this generator was trained with (fingerprint {fingerprint(part)}, not {expected}): train the generator again.")
+        expected, dtype = self.config[f"{name}_fingerprint"], self.config["vlm_dtype"] if name == "vlm" else "float32"
+        if part is not None and expected and (found := fingerprint(part, dtype)) != expected:
+            raise UserError(f"the {name} is not the one this generator was trained with (fingerprint {found}, not {expected}): train the generator again.")
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -145,7 +146,7 @@ class TextToImage(nn.Module, PretrainedMixin):
         if (saved := config.pop("class")) != cls.__name__: raise UserError(f"{folder} holds a {saved}, not a {cls.__name__}: give the folder of a {cls.__name__}.")
         with building(folder / CONFIG_FILE, cls.__name__): model = cls(**{**config, **overrides})
         of = lambda part, stage: vlm_folder(folder, model.config[part], stage)
-        vlm = vlm or load_adapter(of("vlm", "vlm"), config.get("image_size"))
+        vlm = vlm or load_adapter(of("vlm", "vlm"), model.config["image_size"], dtype=as_dtype(model.config["vlm_dtype"]))
         if model.config["space"] == "vae": parts = dict(vae=vae or load_vae(of("vae", "vae")))
         else: parts = dict(reducer=reducer or load_reducer(of("reducer", "decoder")), pixel_decoder=pixel_decoder or load_pixel_decoder(of("pixel_decoder", "decoder")))
         with building(folder / CONFIG_FILE, cls.__name__): model.attach(vlm, **parts)
@@ -208,6 +209,13 @@ def vlm_folder(
     if name.count("/") == 1 and not name.startswith(".") and not beside.is_dir(): return name
     if not (beside / CONFIG_FILE).is_file(): raise UserError(f"{beside} holds no trained model, and the generator beside it needs one: train it with `vugen train {stage} --root {folder.resolve().parent}`.")
     return beside
+
+
+def vlm_link(
+    vlm: UnderstandingModel, # that a generator is trained on
+) -> dict[str, str]: # arguments of `TextToImage`
+    "What a saved generator needs to know its VLM again: the fingerprint, and the type of the weights"
+    return dict(vlm_fingerprint=fingerprint(vlm, weights_dtype(vlm)), vlm_dtype=weights_dtype(vlm))
 
 
 def load_pixel_decoder(

@@ -24,12 +24,12 @@ from ..paths import atomic_path, checkpoints_dir, without_folders
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS', 'run_record',
            'write_json', 'check_target', 'delivery', 'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number',
            'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
-           'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct', 'compare_verb',
-           'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows', 'as_wanted',
-           'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size', 'Bind',
-           'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts', 'other_prompts',
-           'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play', 'Ablate',
-           'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'reads_freely', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
+           'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
+           'as_wanted', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size',
+           'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
+           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play',
+           'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -197,7 +197,8 @@ class Generate:
 
     def __call__(self, command):
         check_generate(self); check_target(self.out, "folder")
-        prompts, root, device = check_prompts(self.prompts), root_of(self.root), pick_device(self.device)
+        root = root_of(self.root)
+        prompts, device = (check_captions(self.prompts, "prompt") if reads_freely(root / self.generator) else check_prompts(self.prompts)), pick_device(self.device)
         from vugen.generate.text_to_image import TextToImage
         model, start = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device), time.perf_counter()
         asked, used = [prompt for prompt in prompts for _ in range(self.n)], sampling_of(self, model)
@@ -221,6 +222,15 @@ def generator_in(root, name):  # folder of checkpoints, a folder in it
     if name == "generator": return root
     if not (root / name / "config.json").is_file(): raise UserError(f"{root} holds no generator {name!r}: train it with `vugen train {name}`, or leave --generator out.")
     return root / name
+
+
+def reads_freely(folder):  # of a generator
+    "Whether its language model is one of transformers, which reads any text; our own reads the grammar of the scenes."
+    try:
+        name = json.loads((folder / "config.json").read_text())["vlm"]
+        if name.count("/") == 1 and not name.startswith(".") and not (folder / name).is_dir(): return True  # on the hub
+        return "class" not in json.loads((folder / name / "config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
 
 
 def sampling_of(verb, model):  # Generate, TextToImage
@@ -296,7 +306,8 @@ class Reconstruct:
         if self.compare: return compare_verb(self, command)
         root, device, pictures = root_of(self.root), pick_device(self.device), read_pictures(self.images)
         from vugen.decode.autoencoder import PixelAutoencoder
-        found = {name: PixelAutoencoder.from_pretrained(root, folder).to(device) for name, folder in RECONSTRUCTIONS.items() if (root / folder).is_dir()}
+        from vugen.generate.adapters import linked_encoder
+        found = {name: PixelAutoencoder.from_pretrained(root, folder, linked_encoder(root, folder)).to(device) for name, folder in RECONSTRUCTIONS.items() if (root / folder).is_dir()}
         if not found: raise UserError(f"{root} holds no decoder: train one with `vugen train decoder --root {root}`.")
         notes = {name: f"The checkpoints hold no folder {folder!r}: train it with `vugen train {folder}`." for name, folder in RECONSTRUCTIONS.items() if name not in found}
         results, progress = [], Counter() if len(pictures) > 1 else lambda *told: None

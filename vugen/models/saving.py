@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'read_config', 'read_weights', 'load_weights', 'building', 'PretrainedMixin',
-           'fingerprint']
+           'weights_dtype', 'as_dtype', 'fingerprint']
 
 # %% ../../nbs/models/saving.ipynb #f858d4fa
 import functools, hashlib, inspect, json
@@ -146,13 +146,32 @@ class PretrainedMixin:
         return model.eval()
 
 # %% ../../nbs/models/saving.ipynb #47984227
+def weights_dtype(
+    module: nn.Module,  # Any module
+) -> str:  # Such as "float32" or "bfloat16"
+    "The name of the type that a module's floating weights are kept in."
+    found = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    return str(found).removeprefix("torch.")
+
+
+def as_dtype(
+    name: str,  # As `weights_dtype` gives it
+) -> torch.dtype:
+    "The floating type of that name; any other name is a `UserError`."
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, torch.dtype) and found.is_floating_point): raise UserError(f"there is no floating type {name!r}: give float32, bfloat16 or float16.")
+    return found
+
+
 def fingerprint(
     module: nn.Module,  # Any module
+    dtype: str = "float32",  # A smaller type (`weights_dtype`) rounds floating weights first, so that it does not matter in which of the two they are kept
 ) -> str:
     "Sixteen hexadecimal digits of a SHA-256 over the names, shapes and bytes of all weights and buffers."
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         value = value.detach().cpu().contiguous()
+        if dtype != "float32" and value.is_floating_point(): value = value.to(as_dtype(dtype))
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()[:16]

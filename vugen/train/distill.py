@@ -19,6 +19,7 @@ from ..decode.pixel_diffusion import PixelDiffusionDecoder, noise_for, to_signed
 from ..encode.encoders import resize_images
 from ..encode.reducers import load_reducer
 from ..errors import UserError
+from ..generate.adapters import linked_encoder
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert
 from ..models.saving import fingerprint
@@ -199,11 +200,11 @@ def diffusion_label(steps: int) -> str:
 
 def load_decoders(root: str | Path,  # folder of a preset's checkpoints
                   steps: int = 8,  # of the diffusion decoder
-                  encoder=None,  # a `VisionEncoder` in place of root/contrastive
+                  encoder=None,  # a `VisionEncoder` in place of the one that the decoder was trained on
                   ) -> tuple:  # the autoencoder of ROOT/decoder, {label: (decoder, steps)}, {label: why it is left out}
     "Every decoder on the latents of ROOT/decoder: with many steps, with one, distilled, without diffusion."
     root, notes = Path(root), {}
-    base = PixelAutoencoder.from_pretrained(root, "decoder", encoder)
+    base = PixelAutoencoder.from_pretrained(root, "decoder", encoder or linked_encoder(root))
     found = {diffusion_label(number): (base.decoder, number) for number in (steps, 1)}
     for label, folder in ONE_STEP.items():
         if not (root / folder / "encoder.json").is_file(): notes[label] = f"Not trained yet: `vugen train {folder}` does."; continue

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.corpora import Pairs
+from ..data.corpora import Pairs, lane_of
 from ..data.scenes import World, batch as scene_batch, captions, sample_scenes, uniforms
+from ..decode.autoencoder import check_link, seen_pixels
 from ..decode.vae import load_vae
 from ..encode.latent_cache import LatentCache, build as build_cache
 from ..encode.reducers import load_reducer
@@ -21,8 +22,8 @@ from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy, shuffled_accuracy
 from ..generate.baselines import AlignedGenerator, alignment_targets, decoupled
-from ..generate.text_to_image import TextToImage, load_pixel_decoder
-from ..generate.adapters import stage_vlm
+from ..generate.text_to_image import TextToImage, load_pixel_decoder, vlm_link
+from ..generate.adapters import source_name, stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from ..models.text import WordCodec, known_words
@@ -30,35 +31,53 @@ from .loop import Progress, stages_main, step_seed
 from .presets import corpus_of, data_fingerprint
 
 # %% auto #0
-__all__ = ['PREPROCESSING', 'STAGES', 'LatentPool', 'GeneratorStage', 'CorpusPool', 'CorpusGeneratorStage', 'velocity_rows',
-           'DecoupledStage', 'CorpusDecoupledStage', 'REPAStage', 'CorpusREPAStage', 'held_out_prompts',
-           'evaluate_generator', 'main']
+__all__ = ['PREPROCESSING', 'TOGETHER', 'STAGES', 'LatentPool', 'GeneratorStage', 'CorpusPool', 'LanePool',
+           'CorpusGeneratorStage', 'velocity_rows', 'DecoupledStage', 'CorpusDecoupledStage', 'REPAStage',
+           'CorpusREPAStage', 'held_out_prompts', 'evaluate_generator', 'main']
 
 # %% ../../nbs/train/generator.ipynb #6d2c14b8
 class LatentPool:
     "Latents of numbered pictures, computed in whole blocks when first asked for and then kept, in memory or in a cache on disk"
     def __init__(self,
-        make, # block of indices (list of ints) → latents [len, N, d], or (latents, captions)
+        make, # block of indices (list of ints) → latents [len, N, d], or (latents, captions), or (latents, captions, {name: tensor [len, …]})
         size: int, # pictures; sample i is picture i modulo `size`
         block: int = 200, # pictures computed together
         cache: LatentCache | None = None, # where blocks are kept
         partial: bool = False, # the last block may be smaller
     ):
+        if block < 1 or size < 0: raise UserError(f"a pool of {size} pictures in blocks of {block} cannot be: give options.pool and options.pool_block positive numbers.")
         if size % block and not partial: raise UserError(f"a pool of {size} pictures cannot be cut into blocks of {block}: choose a multiple.")
         self.make, self.size, self.block, self.cache, self.known = make, size, block, cache, {}
+        self.keeps = True # False computes what is asked for and nothing else, each time anew
 
-    def made(self, number: int) -> tuple: # latents [n, N, d] on the CPU, captions [n] or None
+    def _made(self, indices):
+        "(latents, captions, tensors beside them) of pictures, computed now"
+        found = self.make(indices)
+        return (*found, *(None, {})[len(found) - 1:]) if isinstance(found, tuple) else (found, None, {})
+
+    def members(self, number: int) -> list[int]:
+        "The pictures of a block"
+        return list(range(number * self.block, min((number + 1) * self.block, self.size)))
+
+    def spot(self, place: int) -> tuple[int, int]:
+        "The block of a picture, and its row in there"
+        return divmod(place, self.block)
+
+    def made(self, number: int) -> tuple: # latents [n, N, d] on the CPU, captions [n] or None, tensors beside them
         "Compute a block"
-        found = self.make(list(range(number * self.block, min((number + 1) * self.block, self.size))))
-        return found if isinstance(found, tuple) else (found, None)
+        return self._made(self.members(number))
 
     def blocks(self, samples: int) -> int:
         "How many blocks the first samples of a training need"
         return -(-min(samples, self.size) // self.block)
 
-    def _fetch(self, places):
+    def share(self, samples: int, rank: int = 0, world: int = 1) -> list[int]: # numbers of blocks
+        "Those of them that one of several processes makes"
+        return list(range(rank, self.blocks(samples), world))
+
+    def _fetch(self, numbers):
         "Make the blocks that are missing"
-        for number in sorted({place // self.block for place in places}):
+        for number in sorted(set(numbers)):
             if self.cache is None and number not in self.known: self.known[number] = self.made(number)
             elif self.cache is not None and number not in self.cache: self.cache.write(number, *self.made(number))
 
@@ -66,21 +85,32 @@ class LatentPool:
         "The picture of a sample"
         return index % self.size
 
-    def __getitem__(self,
-        indices: list[int], # of samples
-    ) -> torch.Tensor: # [B, N, d]
-        "Latents of samples"
-        places = [self.place(index) for index in indices]
-        self._fetch(places)
-        pairs = [divmod(place, self.block) for place in places]
-        return torch.stack([self.cache.latents(*pair) if self.cache is not None else self.known[pair[0]][0][pair[1]] for pair in pairs])
+    def _row(self, number, row):
+        "The tensors of a picture and its caption"
+        if self.cache is not None: return self.cache.sample(number, row), self.cache.caption(number, row)
+        latents, told, beside = self.known[number]
+        return {name: value[row] for name, value in {"latents": latents, **beside}.items()}, told and told[row]
 
-    def captions(self,
+    def samples(self,
         indices: list[int], # of samples
-    ) -> list[str]:
-        "Captions that came with the latents of samples"
-        pairs = [divmod(self.place(index), self.block) for index in indices]
-        return [self.cache.caption(*pair) if self.cache is not None else self.known[pair[0]][1][pair[1]] for pair in pairs]
+    ) -> tuple[dict, list]: # {"latents": [B, N, d], …} and captions [B], which are None where there are none
+        "All that is kept of samples"
+        places = [self.place(index) for index in indices]
+        if not self.keeps: return _named(self._made(places))
+        spots = [self.spot(place) for place in places]
+        self._fetch(number for number, _ in spots)
+        rows, told = zip(*(self._row(*spot) for spot in spots))
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, list(told)
+
+    def __getitem__(self, indices: list[int]) -> torch.Tensor: return self.samples(indices)[0]["latents"] # [B, N, d]
+
+    def captions(self, indices: list[int]) -> list[str]: return self.samples(indices)[1]
+
+
+def _named(made):
+    "What a pool's `samples` gives, of what was computed just now"
+    latents, told, beside = made
+    return {"latents": latents, **beside}, told
 
 # %% ../../nbs/train/generator.ipynb #0a3f864a
 class GeneratorStage:
@@ -103,9 +133,15 @@ class GeneratorStage:
     def grow(self, vlm):
         "The generator, untrained, on its frozen parts"
         parts = load_reducer(self.root / "decoder/reducer"), load_pixel_decoder(self.root / "decoder/pixel_decoder")
-        model = TextToImage(latent_dim=parts[0].dim, grid=tuple(vlm.vision.grid), vlm_fingerprint=fingerprint(vlm), reducer_fingerprint=fingerprint(parts[0]), **self.part.model)
+        check_link(self.root / "decoder", vlm.vision)
+        model = TextToImage(latent_dim=parts[0].dim, grid=tuple(vlm.vision.grid), reducer_fingerprint=fingerprint(parts[0]), **vlm_link(vlm), **self.settings())
         self.same_start()
         return model.attach(vlm, *parts)
+
+    def settings(self):
+        "The preset's values for `TextToImage`; a folder of the VLM is named so that the saved model finds it"
+        model = dict(self.part.model)
+        return {**model, "vlm": source_name(model["vlm"])} if model.get("vlm") else model
 
     def same_start(self):
         "What a tower draws at random (its time embedding) is the same in every space, whatever was loaded before"
@@ -113,7 +149,11 @@ class GeneratorStage:
 
     def space_fingerprints(self):
         "The frozen parts that latents depend on"
-        return {"encoder": fingerprint(self.model.vlm.vision), "reducer": fingerprint(self.model.reducer)}
+        return {"encoder": fingerprint(self.model.vlm.vision), "reducer": fingerprint(self.model.reducer), **self.sight()}
+
+    def sight(self):
+        "What the encoder makes of a picture before its weights see it"
+        return {f"encoder.{key}": value for key, value in seen_pixels(self.model.vlm.vision).items()}
 
     def load_judge(self): self.parser = SceneParser.from_pretrained(self.root / "parser")
 
@@ -121,21 +161,28 @@ class GeneratorStage:
         "The pool of latents, in memory or in the folder that options.latent_cache names"
         return self.pool_of(self.latents, self.cache("scenes as they are drawn, in [0, 1]"))
 
-    def pool_of(self, make, cache=None): return LatentPool(make, self.options.get("pool", 40_000), self.options.get("pool_block", 200), cache)
+    @property
+    def pool_size(self): return self.options.get("pool", 40_000)
+
+    @property
+    def pool_block(self): return self.options.get("pool_block", 200)
+
+    def pool_of(self, make, cache=None):
+        if not self.pool_size: raise UserError("options.pool is 0, and scenes are drawn for a pool: give the number of scenes.")
+        return LatentPool(make, self.pool_size, self.pool_block, cache)
 
     def cache(self, preprocessing, **more):
         "The latent cache, if there is one, under everything that its latents depend on"
         if not self.options.get("latent_cache"): return None
-        pool = {name: self.options.get(name, standard) for name, standard in (("pool", 40_000), ("pool_block", 200))}
-        key = {**self.space_fingerprints(), "preprocessing": preprocessing, "seed": self.seed, **pool, **(more or {"world": data_fingerprint(self.preset, self.name)})}
-        return LatentCache(self.options["latent_cache"], key)
+        key = {**self.space_fingerprints(), "preprocessing": preprocessing, "seed": self.seed, "pool": self.pool_size, "pool_block": self.pool_block}
+        return LatentCache(self.options["latent_cache"], {**key, **(more or {"world": data_fingerprint(self.preset, self.name)})})
 
     def ready(self, module, rank, world):
         "Fill the cache with what the training will ask for, each process its share"
         if self.pool is None or self.pool.cache is None: return
-        blocks = self.pool.blocks(self.part.recipe.steps * self.part.recipe.batch_size)
-        progress = Progress("latents", max(1, -(-blocks // world)), 0, show=rank == 0)
-        build_cache(self.pool.cache, self.pool.made, blocks, rank, world, lambda done, total: progress.line(done, {"blocks missing": total - done}) if done % 20 == 0 or done == total else None)
+        share = self.pool.share(self.part.recipe.steps * self.part.recipe.batch_size, rank, world)
+        progress = Progress("latents", max(1, len(share)), 0, show=rank == 0)
+        build_cache(self.pool.cache, self.pool.made, share, told=lambda done, total: progress.line(done, {"blocks missing": total - done}) if done % 20 == 0 or done == total else None)
         progress.close()
 
     @classmethod
@@ -200,8 +247,33 @@ def _round(seed, turn, size, block):
     blocks = [random.permutation(np.arange(start, min(start + block, size))) for start in range(0, size, block)]
     return np.concatenate([blocks[place] for place in random.permutation(len(blocks))])
 
+
+class LanePool(CorpusPool):
+    "A pool on a stream: a block lies in one lane, so that a process that makes the blocks of its lanes opens their shards alone"
+    def __init__(self, make, size, block, cache, seed, lanes, batch_size): # size 0 has no end; as `lane_of` takes them
+        super().__init__(make, size, block, cache, seed)
+        self.lanes, self.batch_size, self.each = lanes, batch_size, batch_size // lanes
+
+    def place(self, index: int) -> int: return super().place(index) if self.size else index
+
+    def spot(self, place: int) -> tuple[int, int]:
+        lane, number = lane_of(place, self.batch_size, self.lanes)
+        return number // self.block * self.lanes + lane, number % self.block
+
+    def members(self, number: int) -> list[int]:
+        start, lane = divmod(number, self.lanes)
+        steps = (divmod(place, self.each) for place in range(start * self.block, (start + 1) * self.block))
+        found = [step * self.batch_size + lane * self.each + place for step, place in steps]
+        return [index for index in found if not self.size or index < self.size]
+
+    def share(self, samples: int, rank: int = 0, world: int = 1) -> list[int]:
+        steps, rest = divmod(min(samples, self.size or samples), self.batch_size)
+        def blocks(lane): return -(-(steps * self.each + min(max(rest - lane * self.each, 0), self.each)) // self.block)
+        return sorted(turn * self.lanes + lane for lane in range(rank, self.lanes, world) for turn in range(blocks(lane)))
+
 # %% ../../nbs/train/generator.ipynb #38b387c4
 PREPROCESSING = "ADM centre crop: area halvings, bicubic, centre" # of corpus pictures, see `vugen.data.images.center_crop`
+TOGETHER = 64 # held-out pictures that are encoded at a time
 
 class CorpusGeneratorStage(GeneratorStage):
     "The generator on image–text pairs"
@@ -219,17 +291,29 @@ class CorpusGeneratorStage(GeneratorStage):
 
     def make_pool(self):
         "The pool; None where samples are encoded when their turn comes"
-        size = self.options.get("pool", 40_000)
-        if not size: return None
-        if not hasattr(self.corpus.train, "lanes"): size = min(size, len(self.corpus)) # a folder's pictures are counted
-        cache = self.cache(f"{PREPROCESSING}, {self.world.image_size} pixels", corpus=self.corpus.fingerprint(), held_out=corpus_of(self.preset.corpus)["held_out"])
-        return CorpusPool(self.pairs, size, self.options.get("pool_block", 200), cache, self.seed)
+        lanes = getattr(self.corpus.train, "lanes", 0) # of a stream; a folder's pictures are counted
+        if not self.options.get("latent_cache") and (lanes or not self.pool_size): return None
+        cache = self.corpus_cache(lanes)
+        if lanes: return LanePool(self.pairs, self.pool_size, self.pool_block, cache, self.seed, lanes, self.part.recipe.batch_size)
+        return CorpusPool(self.pairs, min(self.pool_size or len(self.corpus), len(self.corpus)), self.pool_block, cache, self.seed)
+
+    def corpus_cache(self, lanes):
+        "The latent cache under every key of the corpus that changes a sample, and the order in which a stream is read"
+        settings = {f"corpus.{key}": value for key, value in corpus_of(self.preset.corpus).items() if key not in ("path", "workers")}
+        order = dict(lanes=lanes, batch_size=self.part.recipe.batch_size) if lanes else {}
+        return self.cache(f"{PREPROCESSING}, {self.world.image_size} pixels", corpus=self.corpus.fingerprint(), **settings, **order)
+
+    def ready(self, module, rank, world):
+        if self.pool is not None: self.pool.keeps = self.pool.cache is not None or world == 1
+        super().ready(module, rank, world)
 
     @torch.no_grad()
     def pairs(self, indices):
-        "Latents on the CPU, and captions"
+        "Latents on the CPU, captions, and what else is wanted of the same pictures"
         images, told = self.corpus.samples(indices)
-        return self.model.encode_images(images).float().cpu(), told
+        return self.model.encode_images(images).float().cpu(), told, self.beside(images)
+
+    def beside(self, images): return {}
 
     def prompt(self, caption):
         "What the frozen model can read of a caption"
@@ -244,16 +328,16 @@ class CorpusGeneratorStage(GeneratorStage):
         return [{"images": "corpus", "metric": "words unknown to the language model", "value": unknown / words, "n": words}] if words else []
 
     def batch(self, indices):
-        latents, told = self.pairs(indices) if self.pool is None else (self.pool[indices], self.pool.captions(indices))
+        made, told = _named(self.pairs(indices)) if self.pool is None else self.pool.samples(indices)
         silent = uniforms(self.seed, indices, [0], stream=13)[:, 0] < self.options.get("prompt_dropout", .1)
         ids, mask = self.model.vlm.encode(["" if empty else self.prompt(caption) for empty, caption in zip(silent, told)])
-        return {"latents": latents, "ids": ids, "mask": mask}
+        return {**made, "ids": ids, "mask": mask}
 
     def finish(self, module, out):
         module.save_pretrained(out)
         images, told = self.corpus.held_out(self.options.get("evaluation", 500))
-        told = [self.prompt(caption) for caption in told]
-        return velocity_rows(module, module.encode_images(images), told, self.seed + 1_000_003) + self.unknown_row()
+        told, latents = [self.prompt(caption) for caption in told], torch.cat([module.encode_images(part) for part in images.split(TOGETHER)])
+        return velocity_rows(module, latents, told, self.seed + 1_000_003) + self.unknown_row()
 
 # %% ../../nbs/train/generator.ipynb #2de95007
 @torch.no_grad()
@@ -288,7 +372,7 @@ class DecoupledStage(GeneratorStage):
     def grow(self, vlm):
         vae, name = self.find_vae()
         self.same_start()
-        model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.part.model)
+        model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.settings())
         number = self.options.get("statistics", 2048)
         blocks = (list(range(start, min(start + 128, number))) for start in range(0, number, 128))
         model.space.fit_whitening(self.images(block, stream=1) for block in blocks)
@@ -310,15 +394,19 @@ class REPAStage(DecoupledStage):
 
     def build(self):
         model = super().build()
-        self.kept = self.pool_of(self.targets) if type(self.pool) is LatentPool and self.options.get("keep_targets", True) else None # a corpus is visited in an order of its own
+        self.kept = self.pool_of(self.targets) if type(self.pool) is LatentPool and self.options.get("keep_targets", True) else None # a corpus keeps them beside its latents
         return AlignedGenerator(model, self.options.get("alignment_layer", 0), self.options.get("alignment_head", "mlp"))
 
     def targets(self, indices):
         "The encoder's tokens of pictures, in half precision on the CPU"
-        images = self.images([self.pool.place(index) for index in indices] if self.pool else indices).to(self.model.device)
-        return alignment_targets(self.model.vlm.vision, images, self.model.mixture.num_tokens, self.options.get("alignment_targets", "plain")).half().cpu()
+        return self.aims(self.images([self.pool.place(index) for index in indices]))
 
-    def batch(self, indices): return {**super().batch(indices), "targets": self.kept[indices] if self.kept else self.targets(indices)}
+    def aims(self, images):
+        return alignment_targets(self.model.vlm.vision, images.to(self.model.device), self.model.mixture.num_tokens, self.options.get("alignment_targets", "plain")).half().cpu()
+
+    def batch(self, indices):
+        made = super().batch(indices)
+        return made if "targets" in made else {**made, "targets": self.kept[indices] if self.kept else self.targets(indices)}
 
     def loss(self, module, batch, generator):
         latents = batch["latents"]
@@ -334,7 +422,21 @@ class REPAStage(DecoupledStage):
     def on_corpus(cls): return CorpusREPAStage
 
 class CorpusREPAStage(REPAStage, CorpusGeneratorStage):
-    "REPA on image–text pairs"
+    "REPA on image–text pairs: targets and latents come from one reading of a picture"
+
+    def make_pool(self):
+        pool, self.keeps_targets = super().make_pool(), self.options.get("keep_targets", True)
+        if isinstance(pool, LanePool) and not self.keeps_targets: raise UserError("REPA would have to read a stream's pictures again in another order: set options.keep_targets=true, so that the cache holds the encoder's tokens too, or leave options.latent_cache out.")
+        return pool
+
+    def cache(self, preprocessing, **more):
+        aims = {}
+        if self.options.get("keep_targets", True): aims = {"targets": f"{self.options.get('alignment_targets', 'plain')}, encoder {fingerprint(self.model.vlm.vision)}", **self.sight()}
+        return super().cache(preprocessing, **more, **aims)
+
+    def beside(self, images):
+        kept = self.pool is None or not self.pool.keeps or self.keeps_targets
+        return {"targets": self.aims(images)} if kept else {}
 
 # %% ../../nbs/train/generator.ipynb #de668401
 def held_out_prompts(

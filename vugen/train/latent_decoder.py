@@ -17,9 +17,9 @@ from ..decode.autoencoder import PixelAutoencoder, check_link, encoder_link, psn
 from ..decode.latent_diffusion import LatentDiffusionDecoder
 from ..decode.vae import ConvVAE, LatentAutoencoder, load_vae, vae_loss
 from ..decode.perceptual import build_perceptual
-from ..encode.contrastive import ContrastiveModel
 from ..encode.reducers import load_reducer
 from ..errors import UserError
+from ..generate.adapters import linked_encoder
 from ..evaluate.intervals import bootstrap_mean
 from .decoder import HELD_OUT, DecoderStage, add_latent_noise, parser_rows, pictures_of
 from .loop import stages_main
@@ -157,11 +157,11 @@ class LatentDecoderStage(DecoderStage):
 # %% ../../nbs/train/latent_decoder.ipynb #aa153679
 def load_latent_autoencoder(root: str | Path,  # folder of a preset's checkpoints
                             name: str = "decoder-ldm",  # the decoder's folder in it
-                            encoder=None,  # a `VisionEncoder` in place of root/contrastive
+                            encoder=None,  # a `VisionEncoder` in place of the one that the decoder was trained on
                             ) -> PixelAutoencoder:
     "Encoder, reducer and latent diffusion decoder, frozen, under the interface of the pixel autoencoder."
     root = Path(root)
-    if encoder is None: encoder = ContrastiveModel.from_pretrained(root / "contrastive").vision
+    if encoder is None: encoder = linked_encoder(root, name)
     check_link(root / name, encoder)
     parts = load_reducer(root / name / "reducer"), LatentDiffusionDecoder.from_pretrained(root / name / "latent_decoder")
     return PixelAutoencoder(encoder, *parts).eval().requires_grad_(False)

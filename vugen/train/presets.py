@@ -137,7 +137,7 @@ def _replace_in(tree, path, value, whole):
 # %% ../../nbs/train/presets.ipynb #df3fa411
 _LOSSES = dict(perceptual_weight=0.5, perceptual_size=64, alignment_weight=0.25, alignment_head="repa", time="logit-normal")
 OPTIONAL = {"decoder": dict(_LOSSES, feature_weight=0.0), "decoder-pca": _LOSSES, "distill": _LOSSES, "decoder-feedforward": _LOSSES,
-            **dict.fromkeys(("generator", "generator-decoupled", "generator-repa"), {"latent_cache": None})}  # {stage: {option: its value unless set}}
+            **dict.fromkeys(("generator", "generator-decoupled", "generator-repa"), {"latent_cache": None, "pool": 40_000, "pool_block": 200})}  # {stage: {option: its value unless set}}
 
 def _with_optional(tree, stage, path):  # path: such as ["options", "feature_weight"]
     "The preset as a dict, with the option at `path` in it if the stage knows it."
@@ -288,7 +288,7 @@ def _paper_stages(steps, gpus, guidance_scale, ema_start):
         "generator": StagePreset(
             model=dict(vlm=_PLM, image_size=224, position_scale=1.0, shift=1.0, guidance_scale=guidance_scale, num_inference_steps=50),
             recipe=Recipe(**size, **_PAPER, learning_rate=3e-4, gradient_clip=1.0, ema_decay=0.9999, ema_start=ema_start),
-            options=dict(prompt_dropout=0.1, time="logit-normal", gpus=gpus, evaluation=5000)),
+            options=dict(prompt_dropout=0.1, time="logit-normal", pool=0, gpus=gpus, evaluation=5000)),  # no pool: the whole corpus
     }
 
 # %% ../../nbs/train/presets.ipynb #5f251e48
