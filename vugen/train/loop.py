@@ -853,9 +853,8 @@ def stages_main(stages,  # {name: class of the stage}, the module's
                 argv=None):  # words of the command line; default sys.argv
     "`stage_main` of the stage that `--stage NAME` chooses among a module's; exit code 2 after one sentence for any other name."
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--stage", default=default)
-    try: chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    except SystemExit: _leave(2)
+    chooser.add_argument("--stage", nargs="?", default=default, const="")
+    chosen, words = chooser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if chosen.stage in stages: return stage_main(stages[chosen.stage], argv=words)
     print(f"vugen train: there is no stage {chosen.stage!r} here: choose one of {', '.join(stages)}.", file=sys.stderr)
     _leave(2)
