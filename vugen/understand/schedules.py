@@ -178,7 +178,7 @@ class Stages:
             if len(alive) == 1: break
         return ledger.decision(alive, "stages")
 
-# %% ../../nbs/understand/schedules.ipynb #ec64c3b3
+# %% ../../nbs/understand/schedules.ipynb #da06fb69
 def li_stages(
     candidates: int,  # C
     samples: int,  # S, of the plan
@@ -206,7 +206,7 @@ def halving_stages(
         kept.append(keep); counts.append(count)
         count *= factor
     if not kept or kept[-1] > 1: kept.append(1); counts.append(samples)
-    return Stages(tuple(kept), tuple(counts), "nested", f"halving by {factor}")
+    return Stages(tuple(kept), tuple(counts), "nested", f"halving by {factor} from {first}")
 
 # %% ../../nbs/understand/schedules.ipynb #3784663b
 def round_ends(
