@@ -17,11 +17,12 @@ from pathlib import Path
 from ..errors import UserError
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'Setting', 'Autocast', 'load_denoiser', 'bench_items',
-           'item_plan', 'bench_schedules', 'Outcome', 'replay_schedules', 'crossed_sharpness', 'paired_difference',
-           'call_seconds', 'schedule_seconds', 'outcome_rows', 'one_sample_row', 'published_row', 'stored_tables',
-           'model_rows', 'check_classifier', 'model_names', 'setting_of', 'classifier_bench', 'classifier_table',
-           'show_classifier', 'cheapest']
+__all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'Setting', 'Autocast', 'load_denoiser',
+           'bench_items', 'item_plan', 'bench_schedules', 'Outcome', 'replay_schedules', 'crossed_sharpness',
+           'paired_difference', 'call_seconds', 'schedule_seconds', 'outcome_rows', 'one_sample_row', 'published_row',
+           'null_rows', 'stored_tables', 'model_rows', 'check_classifier', 'model_names', 'setting_of',
+           'classifier_bench', 'classifier_table', 'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples',
+           'plot_levels']
 
 # %% ../../nbs/lab/bench_classifier.ipynb #a48b9285
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def schedule_seconds(
     else: round_seconds = spent[place - 1] + (spent[place] - spent[place - 1]) * (size - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
     return rounds * round_seconds, calls * spent[-1] / sizes[-1]
 
-# %% ../../nbs/lab/bench_classifier.ipynb #a62f7af8
+# %% ../../nbs/lab/bench_classifier.ipynb #7700654c
 def outcome_rows(
     outcomes: Sequence[Outcome],  # the exhaustive one first
     truths: Sequence[int],  # I
@@ -207,8 +208,10 @@ def outcome_rows(
     for outcome in outcomes:
         told = {"n": len(truths), **same, "family": outcome.family, "schedule": outcome.name, "setting": outcome.setting}
         measured = [*_accuracy(outcome, full, truths), *_spent(outcome, full, staged, tokens, flops, batches)]
-        rows += [{"case": f"{same['difficulty']}, {same['model']}, {outcome.name}", "metric": metric, "value": float(f"{value:.6g}"), "unit": unit, "ratio_to": None, **more, **told} for metric, value, unit, more in measured]
+        rows += [{"case": f"{same['difficulty']}, {same['model']}, {outcome.name}", "metric": metric, "value": _short(value), "unit": unit, "ratio_to": None, **{key: _short(number) if key in ("low", "high") else number for key, number in more.items()}, **told} for metric, value, unit, more in measured]
     return rows
+
+def _short(value): return float(f"{value:.5g}")
 
 def _accuracy(outcome, full, truths):
     "Metric, value, unit and interval of what the winners say"
@@ -256,7 +259,29 @@ def published_row(same: dict) -> dict:
     else: calls, how = published_calls(candidates, (50, 10, 1), (50, 100, 500)), "the ImageNet list from keep 50 on: 50 10 1 with 50 100 500 samples"
     return {"case": f"{same['difficulty']}, Li et al. as published", "metric": "calls an item", "value": float(calls), "unit": "1", "ratio_to": None, "n": 0, **same, "model": None, "family": "published", "note": how}
 
-# %% ../../nbs/lab/bench_classifier.ipynb #a2470c1b
+# %% ../../nbs/lab/bench_classifier.ipynb #727da19e
+def null_rows(
+    tables: Sequence,  # I tensors [2, S]
+    same: dict,
+    levels: Sequence[float] = (.2, .05),
+) -> list[dict]:
+    "How often a race stops where the two candidates have the same mean over the plan"
+    from vugen.evaluate.intervals import wilson
+    from vugen.understand.schedules import Racing, TableErrors
+    import torch
+    rows = []
+    for order in ("plan", "random"):
+        for level in levels:
+            stops = 0
+            for number, table in enumerate(tables):
+                difference = table[1] - table[0]
+                source = TableErrors(torch.stack([torch.zeros_like(difference), difference - difference.mean()]))
+                stops += Racing(level, order=order, seed=number).decide(source).stopped_by == "test"
+            share = wilson(stops, len(tables))
+            rows.append({"case": f"{same['difficulty']}, {same['model']}, racing {level:g}, no difference, {order} order", "metric": "stops", "value": share.value, "unit": "1", "ratio_to": None, "low": _short(share.low), "high": _short(share.high), "n": share.n, **same, "family": "null", "setting": level, "order": order})
+    return rows
+
+# %% ../../nbs/lab/bench_classifier.ipynb #401a7366
 def stored_tables(
     store,
     denoiser,
@@ -287,14 +312,15 @@ def model_rows(
     tick = (lambda done, total, seconds: progress(f"errors of {name}", done, total)) if progress else None
     tables, times, spent = stored_tables(store, denoiser, items, setting, tick)
     truths = [item.label for item in items]
-    same = {"difficulty": difficulty, "model": name, "candidates": len(items[0].captions), "samples": setting.samples, "times": list(setting.range_of(name)), "precision": "bf16" if isinstance(denoiser, Autocast) else "fp32"}
+    same = {"difficulty": difficulty, "model": name}
+    table = {"candidates": len(items[0].captions), "samples": setting.samples, "times": list(setting.range_of(name)), "precision": "bf16" if isinstance(denoiser, Autocast) else "fp32", "sharpness": sorted(set(sharpness := crossed_sharpness(tables)))}
     flops, batches = call_flops(denoiser, denoiser.prepare(list(items[0].captions[:16]))), call_seconds(denoiser, items[0].captions)
-    rows = [one_sample_row(tables, truths, same), *outcome_rows(replay_schedules(tables, times, crossed_sharpness(tables)), truths, same, denoiser.tokens, flops, batches)]
-    computed = [{"case": f"{difficulty}, {name}, table of errors", "metric": metric, "value": value, "unit": unit, "ratio_to": None, "n": len(items), **same, "family": "table"} for metric, value, unit in
+    rows = [one_sample_row(tables, truths, same), *outcome_rows(replay_schedules(tables, times, sharpness), truths, same, denoiser.tokens, flops, batches)]
+    computed = [{"case": f"{difficulty}, {name}, table of errors", "metric": metric, "value": value, "unit": unit, "ratio_to": None, "n": len(items), **same, **table, "family": "table"} for metric, value, unit in
                 (("calls computed now", float(spent.calls), "1"), ("seconds", spent.seconds, "s"), ("milliseconds a call in batches of 64", 1000 * batches[64] / 64, "ms"))]
-    return rows + computed
+    return rows + computed + (null_rows(tables, same) if len(items[0].captions) == 2 else [])
 
-# %% ../../nbs/lab/bench_classifier.ipynb #93024d03
+# %% ../../nbs/lab/bench_classifier.ipynb #09a252cc
 def check_classifier(verb):
     "Refuse what cannot be measured"
     from vugen.lab.cli import check_number
@@ -329,7 +355,7 @@ def classifier_bench(
     parts, setting = Parts(verb.root), setting_of(verb)
     models = {name: load_denoiser(parts, name, verb.precision, device) for name in model_names(verb.models)}
     items = bench_items(verb.difficulty, setting.items, parts.world, verb.seed)
-    rows = [published_row({"difficulty": verb.difficulty, "candidates": difficulty(verb.difficulty).candidates, "samples": setting.samples})]
+    rows = [published_row({"difficulty": verb.difficulty, "candidates": difficulty(verb.difficulty).candidates})]
     with contextlib.ExitStack() as stack:
         folder = verb.errors or stack.enter_context(tempfile.TemporaryDirectory())
         store = stack.enter_context(ErrorStore(folder))
@@ -371,3 +397,49 @@ def cheapest(
     lost = {row["schedule"]: -row["value"] for row in rows if row["metric"] == "accuracy less exhaustive" and family in (None, row["family"])}
     calls = [row for row in rows if row["metric"] == "calls an item" and lost.get(row.get("schedule"), 1) <= loss + 1e-9]
     return min(calls, key=lambda row: row["value"], default=None)
+
+# %% ../../nbs/lab/bench_classifier.ipynb #e036bc5f
+COLORS = {"exhaustive": "#666666", "Li's stages": "#1f77b4", "halving": "#17becf", "paired t-test": "#2ca02c", "racing": "#d62728", "posterior": "#9467bd"}
+
+def plot_accuracy(
+    rows: Sequence[dict],  # of one difficulty and model
+    axis,  # of matplotlib
+):
+    "Accuracy against calls an item, one line a family; the band is one point below the exhaustive schedule"
+    read = lambda metric: {row["schedule"]: row for row in rows if row["metric"] == metric}
+    accuracy, calls = read("accuracy"), read("calls an item")
+    axis.axhspan(100 * accuracy["exhaustive"]["value"] - 1, 100 * accuracy["exhaustive"]["value"], color="#eeeeee")
+    for family, color in COLORS.items():
+        mine = sorted(((calls[name]["value"], accuracy[name]) for name in accuracy if accuracy[name]["family"] == family and "sign" not in name and "asymptotic" not in name), key=lambda pair: pair[0])
+        if not mine: continue
+        x, y = zip(*mine)
+        axis.plot(x, [100 * one["value"] for one in y], "o-", color=color, markersize=3.5, linewidth=1, label=family)
+        axis.fill_between(x, [100 * one["low"] for one in y], [100 * one["high"] for one in y], color=color, alpha=.06, linewidth=0)
+    axis.set(xscale="log", xlabel="network calls an item", ylabel="accuracy, %", title=f"{rows[-1]['difficulty']}, {rows[-1]['model']}")
+
+def plot_samples(
+    rows: Sequence[dict],  # of one difficulty and model
+    names: Sequence[str],  # of schedules
+    axis,
+):
+    "How many samples a candidate gets: the share of candidates that got more than so many"
+    for row in rows:
+        if row["metric"] != "samples a candidate" or row["schedule"] not in names: continue
+        counts = sorted((int(count), number) for count, number in row["histogram"].items())
+        total, left, x, y = sum(number for _, number in counts), 1.0, [.8], [1.0]
+        for count, number in counts: x += [count, count]; y += [left, left - number / total]; left -= number / total
+        axis.plot(x, [max(value, 1e-4) for value in y], color=COLORS[row["family"]], linestyle="--" if "halving" in row["schedule"] else "-", label=row["schedule"])
+    axis.set(xscale="log", yscale="log", xlabel="samples", ylabel="share of candidates with more", title=f"{rows[-1]['difficulty']}, {rows[-1]['model']}")
+
+def plot_levels(
+    rows: Sequence[dict],  # of one difficulty and model
+    axis,
+):
+    "How often a race has another winner than all samples would, against its level"
+    for family in ("racing", "posterior"):
+        mine = sorted((row["setting"], row["value"], row["low"], row["high"]) for row in rows if row["metric"] == "other winner than exhaustive" and row["family"] == family and not row["schedule"].endswith(("sign", "asymptotic")))
+        if not mine: continue
+        level, value, low, high = zip(*mine)
+        axis.errorbar(level, value, [[a - b for a, b in zip(value, low)], [a - b for a, b in zip(high, value)]], fmt="o-", color=COLORS[family], markersize=4, linewidth=1, capsize=2, label=family)
+    axis.plot([.01, .5], [.01, .5], color="#999999", linestyle=":", linewidth=1)
+    axis.set(xscale="log", xlabel="level", ylabel="other winner than exhaustive", title=f"{rows[-1]['difficulty']}, {rows[-1]['model']}")
