@@ -9,7 +9,7 @@ from vugen.errors import UserError
 from vugen.lab import bench_classifier
 from vugen.lab.bench import Bench
 from vugen.lab.bench_classifier import (Outcome, SETTINGS, bench_items, bench_schedules, cheapest, classifier_bench, classifier_table, crossed_sharpness, item_plan, one_sample_row,
-                                        outcome_rows, paired_difference, published_row, replay_schedules, schedule_seconds)
+                                        outcome_rows, paired_difference, plateau, published_row, replay_schedules, schedule_seconds)
 from vugen.lab.cli import main
 from vugen.understand.error_store import ErrorStore
 
@@ -29,11 +29,17 @@ def test_rows_by_hand():
     rows = outcome_rows([full, staged, race], [0, 0, 0, 0], {"difficulty": "close", "model": "generator"}, tokens=64, flops=1e9, batches={1: .1, 2: .15})
     found = {row["metric"]: row for row in rows if row["schedule"] == "racing 0.1"}
     assert found["accuracy"]["value"] == .25 and found["accuracy less exhaustive"]["value"] == -.5 and found["other winner than exhaustive"]["value"] == .5
-    assert found["calls an item"]["value"] == 4 and found["calls an item"]["ratio_to"] == {"exhaustive": 5, "Li's stages, nested": 2.5}
+    assert found["calls an item"]["value"] == 4 and found["calls an item"]["ratio_to"] == {"exhaustive": 5, "plateau": 5, "Li's stages": 2.5}
     assert found["tokens an item"]["value"] == 256 and found["GFLOP an item"]["value"] == 4 and found["rounds an item"]["value"] == 2
     assert found["seconds an item, alone"]["value"] == pytest.approx(.3) and found["seconds an item, many at a time"]["value"] == pytest.approx(.3)
     assert found["decided before the budget"]["value"] == .75 and found["samples a candidate"]["histogram"] == {"1": 1, "3": 1}
     assert found["fewer calls than exhaustive"]["value"] == 5 and found["fewer calls than exhaustive"]["low"] <= 5 <= found["fewer calls than exhaustive"]["high"]
+
+
+def test_the_plateau_is_where_more_samples_stop_helping():
+    right = {64: 90, 32: 91, 16: 89, 8: 88, 4: 92}
+    outcomes = [Outcome("exhaustive", str(count), winners=[0] * won + [1] * (100 - won), calls=[count] * 100) for count, won in right.items()]
+    assert plateau(outcomes, [0] * 100).name == "16" and plateau(outcomes, [0] * 100, .02).name == "4"
 
 
 def test_cheapest_is_the_fewest_calls_within_the_loss():

@@ -19,8 +19,8 @@ from ..errors import UserError
 # %% auto #0
 __all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'Setting', 'Autocast', 'load_denoiser',
            'bench_items', 'item_plan', 'bench_schedules', 'Outcome', 'replay_schedules', 'crossed_sharpness',
-           'paired_difference', 'call_seconds', 'schedule_seconds', 'outcome_rows', 'one_sample_row', 'published_row',
-           'null_rows', 'stored_tables', 'model_rows', 'check_classifier', 'model_names', 'setting_of',
+           'paired_difference', 'call_seconds', 'schedule_seconds', 'plateau', 'outcome_rows', 'one_sample_row',
+           'published_row', 'null_rows', 'stored_tables', 'model_rows', 'check_classifier', 'model_names', 'setting_of',
            'classifier_bench', 'classifier_table', 'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples',
            'plot_levels']
 
@@ -193,7 +193,21 @@ def schedule_seconds(
     else: round_seconds = spent[place - 1] + (spent[place] - spent[place - 1]) * (size - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
     return rounds * round_seconds, calls * spent[-1] / sizes[-1]
 
-# %% ../../nbs/lab/bench_classifier.ipynb #7700654c
+# %% ../../nbs/lab/bench_classifier.ipynb #0ae8ed26
+def plateau(
+    outcomes: Sequence[Outcome],  # the full exhaustive one first
+    truths: Sequence[int],
+    loss: float = .01,  # of accuracy
+) -> Outcome:
+    "The exhaustive schedule with the fewest samples from which on accuracy stays within `loss` of the full one's, as measured"
+    family = sorted((outcome for outcome in outcomes if outcome.family == "exhaustive"), key=lambda outcome: -sum(outcome.calls))
+    right = lambda outcome: sum(winner == truth for winner, truth in zip(outcome.winners, truths)) / len(truths)
+    found = family[0]
+    for outcome in family:
+        if right(outcome) < right(family[0]) - loss - 1e-9: break
+        found = outcome
+    return found
+
 def outcome_rows(
     outcomes: Sequence[Outcome],  # the exhaustive one first
     truths: Sequence[int],  # I
@@ -203,11 +217,12 @@ def outcome_rows(
     batches: dict,  # of `call_seconds`
 ) -> list[dict]:
     "Long rows of a bench, a 95% interval wherever items vary"
-    full, staged = outcomes[0], next(outcome for outcome in outcomes if outcome.family == "Li's stages")
+    full = outcomes[0]
+    against = {"exhaustive": full, "plateau": plateau(outcomes, truths), "Li's stages": next(outcome for outcome in outcomes if outcome.family == "Li's stages")}
     rows = []
     for outcome in outcomes:
         told = {"n": len(truths), **same, "family": outcome.family, "schedule": outcome.name, "setting": outcome.setting}
-        measured = [*_accuracy(outcome, full, truths), *_spent(outcome, full, staged, tokens, flops, batches)]
+        measured = [*_accuracy(outcome, full, truths), *_spent(outcome, against, tokens, flops, batches)]
         rows += [{"case": f"{same['difficulty']}, {same['model']}, {outcome.name}", "metric": metric, "value": _short(value), "unit": unit, "ratio_to": None, **{key: _short(number) if key in ("low", "high") else number for key, number in more.items()}, **told} for metric, value, unit, more in measured]
     return rows
 
@@ -222,12 +237,12 @@ def _accuracy(outcome, full, truths):
               "decided before the budget": wilson(sum(outcome.decided), len(truths))}
     return [(metric, share.value, "1", {"low": share.low, "high": share.high}) for metric, share in shares.items()]
 
-def _spent(outcome, full, staged, tokens, flops, batches):
+def _spent(outcome, against, tokens, flops, batches):
     "Metric, value, unit and interval of what it cost"
     from vugen.evaluate.intervals import bootstrap_mean
     mean = lambda numbers: sum(numbers) / len(numbers)
     calls, rounds, samples = bootstrap_mean(outcome.calls), mean(outcome.rounds), sorted(outcome.samples.items())
-    ratio, most = {"ratio_to": {other.name: round(mean(other.calls) / calls.value, 3) for other in (full, staged)}}, mean(full.calls)
+    ratio, most = {"ratio_to": {name: round(mean(other.calls) / calls.value, 3) for name, other in against.items()}}, mean(against["exhaustive"].calls)
     alone, together = schedule_seconds(calls.value, rounds, batches)
     return [("calls an item", calls.value, "1", {**ratio, "low": calls.low, "high": calls.high}), ("fewer calls than exhaustive", most / calls.value, "1", {"low": most / calls.high, "high": most / calls.low}),
             ("tokens an item", calls.value * tokens, "1", ratio), ("GFLOP an item", calls.value * flops / 1e9, "GFLOP", ratio),

@@ -353,7 +353,7 @@ class Racing:
         ends = round_ends(max(self.minimum, self.block), last, self.growth, self.block)
         return _race(source, ends, lambda alive, errors: _against_leader(errors, lambda differences: self._verdict(differences, tests)), _reading_order(source.samples, self.order, self.seed))
 
-# %% ../../nbs/understand/schedules.ipynb #9ffcd70c
+# %% ../../nbs/understand/schedules.ipynb #6aa5df33
 def log_posterior(
     sums: np.ndarray,  # [..., C], summed errors
     sharpness: float,  # 2/κ
@@ -365,16 +365,18 @@ def log_posterior(
 def fit_sharpness(
     tables: Iterable,  # [C, S] errors of items that are not to be judged
     prefixes: Sequence[int] = (1, 2, 4, 8),  # numbers of samples after which the posterior should be right
+    most: int = 16,  # stretches of each length that are taken of an item
 ) -> float:
     "The sharpness with which the first samples best foretell the winner of all (maximum likelihood; convex)"
-    told = []
+    gaps = {}  # number of candidates → summed errors less the winner's
     for table in tables:
         table = np.asarray(table, np.float64)
-        winner, size = int(table.sum(1).argmin()), table.shape[1]
-        starts = [(start, count) for count in prefixes for start in range(0, size - count + 1, count)][:64] if size >= max(prefixes) else [(0, size)]
-        told += [(table[:, start:start + count].sum(1), winner) for start, count in starts]
-    if not told: raise UserError("the sharpness of a race needs at least one item with cached errors.")
-    loss = lambda logarithm: -np.mean([log_posterior(sums, math.exp(logarithm))[winner] for sums, winner in told])
+        relative, size = table - table[table.sum(1).argmin()], table.shape[1]
+        for count in [count for count in prefixes if count <= size]:
+            for start in range(0, size - count + 1, max(count, (size - count) // most + 1)): gaps.setdefault(len(table), []).append(relative[:, start:start + count].sum(1))
+    if not gaps: raise UserError("the sharpness of a race needs at least one item with cached errors.")
+    groups, total = [np.stack(each) for each in gaps.values()], sum(map(len, gaps.values()))
+    loss = lambda logarithm: sum(float(np.logaddexp.reduce(-math.exp(logarithm) * group, 1).sum()) for group in groups) / total
     low, high = -20.0, 20.0
     while high - low > 1e-4:
         left, right = low + (high - low) / 3, high - (high - low) / 3
