@@ -22,9 +22,9 @@ __all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'S
            'paired_difference', 'call_seconds', 'schedule_seconds', 'plateau', 'outcome_rows', 'one_sample_row',
            'published_row', 'null_rows', 'stored_tables', 'model_rows', 'check_classifier', 'model_names', 'setting_of',
            'classifier_bench', 'classifier_table', 'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples',
-           'plot_levels']
+           'plot_levels', 'headline']
 
-# %% ../../nbs/lab/bench_classifier.ipynb #a48b9285
+# %% ../../nbs/lab/bench_classifier.ipynb #b5773574
 @dataclass(frozen=True)
 class Setting:
     "How a difficulty is measured"
@@ -36,7 +36,7 @@ class Setting:
     def range_of(self, model): return self.times if model == "generator" else self.baseline_times
 
 _CROWD_TIMES = dict(times=(.35, .8), baseline_times=(.35, .7))
-SETTINGS = {"close": Setting(500, 256, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 64, **_CROWD_TIMES), "crowd-1000": Setting(12, 32, **_CROWD_TIMES)}
+SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 64, **_CROWD_TIMES), "crowd-1000": Setting(12, 32, **_CROWD_TIMES)}
 LEVELS = (.5, .2, .1, .05, .01)
 MODELS = ("generator", "generator-decoupled", "generator-repa")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -90,7 +90,7 @@ def item_plan(
     from vugen.understand.diffusion_classifier import sample_plan
     return sample_plan(setting.samples, "stratified", *setting.range_of(model), seed=1_000 + number)
 
-# %% ../../nbs/lab/bench_classifier.ipynb #23aef01e
+# %% ../../nbs/lab/bench_classifier.ipynb #86fa3bfb
 def bench_schedules(
     candidates: int,  # C
     samples: int,  # S
@@ -104,7 +104,8 @@ def bench_schedules(
             "halving": [halving_stages(candidates, samples, factor, first) for factor, first in ((4, 1), (4, 2), (2, 2)) if first < samples] if candidates > 2 else [],
             "paired t-test": [PairedTTest(p, min(minimum, samples)) for p, minimum in ((2e-3, 20), (2e-3, 5), (.05, 5)) if samples > minimum],
             "racing": [Racing(level) for level in LEVELS] + [Racing(.05, test) for test in ("sign", "asymptotic")],
-            "posterior": [PosteriorRacing(sharpness, level) for level in LEVELS]}
+            "posterior": [PosteriorRacing(sharpness, level) for level in LEVELS],
+            "posterior, from 4": [PosteriorRacing(sharpness, level, minimum=4) for level in LEVELS] if candidates == 2 and samples > 4 else []}
 
 # %% ../../nbs/lab/bench_classifier.ipynb #359cf038
 @dataclass
@@ -413,8 +414,8 @@ def cheapest(
     calls = [row for row in rows if row["metric"] == "calls an item" and lost.get(row.get("schedule"), 1) <= loss + 1e-9]
     return min(calls, key=lambda row: row["value"], default=None)
 
-# %% ../../nbs/lab/bench_classifier.ipynb #e036bc5f
-COLORS = {"exhaustive": "#666666", "Li's stages": "#1f77b4", "halving": "#17becf", "paired t-test": "#2ca02c", "racing": "#d62728", "posterior": "#9467bd"}
+# %% ../../nbs/lab/bench_classifier.ipynb #9c00d335
+COLORS = {"exhaustive": "#666666", "Li's stages": "#1f77b4", "halving": "#17becf", "paired t-test": "#2ca02c", "racing": "#d62728", "posterior": "#9467bd", "posterior, from 4": "#e377c2"}
 
 def plot_accuracy(
     rows: Sequence[dict],  # of one difficulty and model
@@ -451,10 +452,23 @@ def plot_levels(
     axis,
 ):
     "How often a race has another winner than all samples would, against its level"
-    for family in ("racing", "posterior"):
+    for family in ("racing", "posterior", "posterior, from 4"):
         mine = sorted((row["setting"], row["value"], row["low"], row["high"]) for row in rows if row["metric"] == "other winner than exhaustive" and row["family"] == family and not row["schedule"].endswith(("sign", "asymptotic")))
         if not mine: continue
         level, value, low, high = zip(*mine)
         axis.errorbar(level, value, [[a - b for a, b in zip(value, low)], [a - b for a, b in zip(high, value)]], fmt="o-", color=COLORS[family], markersize=4, linewidth=1, capsize=2, label=family)
     axis.plot([.01, .5], [.01, .5], color="#999999", linestyle=":", linewidth=1)
     axis.set(xscale="log", xlabel="level", ylabel="other winner than exhaustive", title=f"{rows[-1]['difficulty']}, {rows[-1]['model']}")
+
+# %% ../../nbs/lab/bench_classifier.ipynb #ce8c8815
+def headline(
+    rows: Sequence[dict],  # of any number of difficulties and models
+    loss: float = .01,  # of accuracy
+) -> list[dict]:
+    "For each difficulty and model, of each family the setting with the fewest calls within `loss` of the exhaustive schedule, as measured on these items"
+    lines = []
+    for difficulty, model in dict.fromkeys((row["difficulty"], row["model"]) for row in rows if "schedule" in row):
+        mine = [row for row in rows if (row["difficulty"], row["model"]) == (difficulty, model) and "schedule" in row]
+        for row in classifier_table([row for row in mine if row["schedule"] == "exhaustive"] + [row for family in COLORS if (best := cheapest(mine, loss, family)) and best["schedule"] != "exhaustive" for row in mine if row["schedule"] == best["schedule"]]):
+            lines.append({key: value for key, value in row.items() if key != "seconds"})
+    return lines

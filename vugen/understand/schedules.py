@@ -383,7 +383,7 @@ def fit_sharpness(
         low, high = (low, right) if loss(left) < loss(right) else (left, high)
     return math.exp((low + high) / 2)
 
-# %% ../../nbs/understand/schedules.ipynb #60943d30
+# %% ../../nbs/understand/schedules.ipynb #12d66445
 @dataclass(frozen=True)
 class PosteriorRacing:
     "Drop the candidates whose posterior together is no more than `level`, until one is left"
@@ -397,7 +397,7 @@ class PosteriorRacing:
         if not 0 < self.level < 1 or not self.sharpness > 0: raise UserError(f"a race by posterior needs a level between 0 and 1 and a sharpness above 0, not {self.level:g} and {self.sharpness:g}.")
 
     @property
-    def name(self): return f"posterior {self.level:g}"
+    def name(self): return f"posterior {self.level:g}" + (f" from {self.minimum}" if self.minimum > 1 else "")
 
     def decide(self, source: ErrorSource) -> Decision:
         "Race with that rule; what a drop risks is taken from the level"
