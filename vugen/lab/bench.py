@@ -434,7 +434,7 @@ class Bench:
     device: str = "auto"  # auto, cpu or cuda
     difficulty: str = "close"  # of the classifier's items: close, crowd-100 or crowd-1000
     items: Optional[int] = None  # pictures; default 500, 60 and 12
-    samples: Optional[int] = None  # of the exhaustive schedule; default 128, 64 and 32
+    samples: Optional[int] = None  # of the exhaustive schedule; default 128, 32 and 16
     models: str = "generator"  # read as classifiers, with commas between them: generator, generator-decoupled, generator-repa
     errors: Optional[Path] = None  # folder that keeps every error: a run that was stopped goes on there
     precision: str = "auto"  # of the classifier's network: fp32, bf16, or auto: bf16 where the machine multiplies it

@@ -24,7 +24,7 @@ __all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'S
            'classifier_bench', 'classifier_table', 'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples',
            'plot_levels', 'headline']
 
-# %% ../../nbs/lab/bench_classifier.ipynb #b5773574
+# %% ../../nbs/lab/bench_classifier.ipynb #ab50e865
 @dataclass(frozen=True)
 class Setting:
     "How a difficulty is measured"
@@ -36,7 +36,7 @@ class Setting:
     def range_of(self, model): return self.times if model == "generator" else self.baseline_times
 
 _CROWD_TIMES = dict(times=(.35, .8), baseline_times=(.35, .7))
-SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 64, **_CROWD_TIMES), "crowd-1000": Setting(12, 32, **_CROWD_TIMES)}
+SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 32, **_CROWD_TIMES), "crowd-1000": Setting(12, 16, **_CROWD_TIMES)}
 LEVELS = (.5, .2, .1, .05, .01)
 MODELS = ("generator", "generator-decoupled", "generator-repa")
 PRECISIONS = ("auto", "fp32", "bf16")
