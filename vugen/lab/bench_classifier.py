@@ -380,7 +380,7 @@ def classifier_bench(
             save(rows)
     return rows
 
-# %% ../../nbs/lab/bench_classifier.ipynb #d29e1a07
+# %% ../../nbs/lab/bench_classifier.ipynb #2695498d
 COLUMNS = {"accuracy": "accuracy", "accuracy less exhaustive": "less exhaustive", "calls an item": "calls"}
 
 def classifier_table(
@@ -392,7 +392,7 @@ def classifier_table(
         if "schedule" not in row: continue
         line = lines.setdefault((row["difficulty"], row["model"], row["schedule"]), {"difficulty": row["difficulty"], "model": row["model"], "schedule": row["schedule"]})
         if row["metric"] in ("accuracy", "accuracy less exhaustive"): line[COLUMNS[row["metric"]]] = f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-        elif row["metric"] == "calls an item": line |= {"calls": round(row["value"], 1), **{f"× {name}": value for name, value in row["ratio_to"].items()}}
+        elif row["metric"] == "calls an item": line |= {"calls": f"{row['value']:,.1f}", **{f"× {name}": value for name, value in row["ratio_to"].items()}}
         elif row["metric"] == "seconds an item, many at a time": line["seconds"] = float(f"{row['value']:.3g}")
     return list(lines.values())
 
