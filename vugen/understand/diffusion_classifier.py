@@ -5,16 +5,23 @@
 # %% ../../nbs/understand/diffusion_classifier.ipynb #20b2fe09
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from ..models.flow import interpolate, velocity_target
+from ..errors import UserError
+from ..models.flow import SMALLEST, convert_error, interpolate, velocity_target
 
 # %% auto #0
-__all__ = ['classifier_times', 'paired_noises', 'paired_errors', 'denoising_errors', 'classifier_scores',
-           'GaussianMixtureClasses', 'likelihood_weights', 'accuracy_by_time']
+__all__ = ['BITS', 'TIME_PLANS', 'ESTIMATORS', 'LOSSES', 'WEIGHTS', 'classifier_times', 'paired_noises', 'paired_errors',
+           'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights', 'accuracy_by_time',
+           'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled', 'uniform_times', 'even_times', 'stratified_times',
+           'noise_of', 'SamplePlan', 'sample_plan', 'residual_losses', 'TimeWeight', 'time_weight', 'weighted',
+           'bernstein', 'FittedWeight', 'fitted_weight', 'fit_time_weight', 'corrected']
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #1a4ba23c
 def classifier_times(
@@ -131,3 +138,224 @@ def accuracy_by_time(
     "Accuracy when each time decides alone; a tie is no win"
     right = errors.gather(1, labels.view(-1, 1, 1).expand(-1, 1, errors.shape[2]))
     return ((errors > right).sum(1) == errors.shape[1] - 1).double().mean(0)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #c99a555e
+def _mix(values: np.ndarray) -> np.ndarray:
+    "A bijection of 64-bit integers that leaves no pattern (the finaliser of splitmix64)"
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+def hashed(
+    *numbers,  # integers or integer arrays that broadcast
+) -> np.ndarray:  # uint64
+    "Random bits that are a function of some integers"
+    state = np.zeros(1, np.uint64)
+    for number in numbers: state = _mix(state ^ np.asarray(number, np.int64).astype(np.uint64))
+    return state
+
+def hashed_uniform(
+    *numbers,  # as above
+) -> np.ndarray:  # float64 in (0, 1)
+    "Uniform random numbers that are a function of some integers"
+    return ((hashed(*numbers) >> np.uint64(11)).astype(np.float64) + .5) * 2.0 ** -53
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #34c076c7
+BITS = 32
+
+def van_der_corput(
+    index: np.ndarray,  # integers from 0, below 2³²
+) -> np.ndarray:  # float64 in [0, 1)
+    "The index's binary digits mirrored at the point"
+    index, value = np.asarray(index, np.uint64), 0.0
+    for place in range(BITS): value = value + ((index >> np.uint64(place)) & np.uint64(1)).astype(np.float64) * 2.0 ** -(place + 1)
+    return value
+
+def scrambled(
+    index: np.ndarray,  # integers from 0, below 2³²
+    seed: int,
+) -> np.ndarray:  # float64 in (0, 1)
+    "The van der Corput sequence under Owen's scrambling: one random point in each of 2ᵏ strata, for the first 2ᵏ of any k"
+    digits = (van_der_corput(index) * 2.0 ** BITS).astype(np.uint64)
+    flips = np.zeros_like(digits)
+    for place in range(BITS):
+        coin = hashed(seed, place, (digits >> np.uint64(BITS - place)).astype(np.int64)) & np.uint64(1)
+        flips |= coin << np.uint64(BITS - 1 - place)
+    return ((digits ^ flips).astype(np.float64) + .5) * 2.0 ** -BITS
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #b1f92e16
+def uniform_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
+    "Independent uniform times"
+    return hashed_uniform(seed, 1, np.arange(number))
+
+def even_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
+    "Midpoints of `number` equal strata, from the middle outwards in van der Corput's order; no seed changes them"
+    return (np.argsort(np.argsort(van_der_corput(np.arange(1, number + 1)), kind="stable"), kind="stable") + .5) / number
+
+def stratified_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
+    "One random time in each stratum, nested: see `scrambled`"
+    return scrambled(np.arange(number), seed)
+
+TIME_PLANS = {"uniform": uniform_times, "even": even_times, "stratified": stratified_times}
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #2086464b
+ESTIMATORS = {"uniform": ("uniform", False), "even": ("even", False), "stratified": ("stratified", False), "antithetic": ("stratified", True),
+              "uniform-antithetic": ("uniform", True), "even-antithetic": ("even", True)}
+
+def noise_of(
+    seed: int,
+    index: int,  # number of the noise
+    shape: Sequence[int],  # of one latent
+) -> torch.Tensor:  # [*shape], standard Gaussian
+    "One noise, a function of (seed, index) and of the shape"
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
+
+@dataclass(frozen=True)
+class SamplePlan:
+    "An ordered list of paired samples (t_j, ε_j) that all candidates share; the first n of it are a plan too"
+    times: torch.Tensor  # [S] float64, 0 is noise and 1 is data
+    index: torch.Tensor  # [S] int64, numbers of the noises
+    sign: torch.Tensor  # [S] int64, 1 or -1: the noise is taken with this sign
+    seed: int  # of the noises
+
+    def __len__(self): return len(self.times)
+    def __getitem__(self, rows): return SamplePlan(self.times[rows], self.index[rows], self.sign[rows], self.seed)
+
+    def noises(self, shape: Sequence[int]) -> torch.Tensor:  # [S, *shape]
+        "The noises of the plan"
+        return torch.stack([sign * noise_of(self.seed, index, shape) for index, sign in zip(self.index.tolist(), self.sign.tolist())])
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #0103393d
+def sample_plan(
+    num_samples: int,  # S
+    estimator: str = "antithetic",  # one of `ESTIMATORS`
+    low: float = 0.2,  # times lie between `low`
+    high: float = 0.8,  # and `high`
+    seed: int = 0,  # of times and noises
+) -> SamplePlan:
+    "The plan of an estimator"
+    if estimator not in ESTIMATORS: raise UserError(f"there is no estimator {estimator!r}: choose among {', '.join(ESTIMATORS)}.")
+    if num_samples < 1 or not 0 <= low < high <= 1: raise UserError(f"a plan needs at least one sample and 0 ≤ low < high ≤ 1, not {num_samples}, {low:g}, {high:g}.")
+    kind, paired = ESTIMATORS[estimator]
+    index = np.arange(num_samples) // 2 if paired else np.arange(num_samples)
+    times = low + (high - low) * TIME_PLANS[kind](int(index[-1]) + 1, seed)[index]
+    sign = 1 - 2 * (np.arange(num_samples) % 2) if paired else np.ones(num_samples, np.int64)
+    return SamplePlan(torch.from_numpy(times), torch.from_numpy(index), torch.from_numpy(sign), seed)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #eb40638c
+LOSSES = ("l2", "l1", "huber")
+
+def residual_losses(
+    predicted: torch.Tensor,  # [P, ...], velocity
+    target: torch.Tensor,  # [P, ...]
+) -> torch.Tensor:  # [P, 3] float32: squares, absolute values, Huber's function (δ = 1, ½r² inside), each summed over a latent
+    "The three losses of each residual, in the order of `LOSSES`"
+    residual = (predicted.float() - target.float()).flatten(1)
+    size = residual.abs()
+    return torch.stack([residual.square().sum(1), size.sum(1), torch.where(size < 1, size.square() / 2, size - .5).sum(1)], 1)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #68580c06
+@dataclass(frozen=True)
+class TimeWeight:
+    "A weight w(t) and the prediction whose error it is stated for"
+    name: str
+    prediction: str  # one of `vugen.models.flow.PREDICTIONS`
+    function: Callable  # t → w(t)
+
+    def __call__(self,
+        times: torch.Tensor,  # any shape
+        loss: str = "l2",  # one of `LOSSES`; an l1 error scales by the root, and Huber's, which does not scale, is weighed like l2
+    ) -> torch.Tensor:  # float64, the factor of the velocity's error
+        t = torch.as_tensor(times, dtype=torch.float64).clamp(SMALLEST, 1 - SMALLEST)
+        scale = convert_error(torch.ones_like(t), t, "velocity", self.prediction)
+        return self.function(t) * (scale.sqrt() if loss == "l1" else scale)
+
+WEIGHTS = {weight.name: weight for weight in (TimeWeight("uniform", "velocity", torch.ones_like), TimeWeight("simple", "epsilon", torch.ones_like),
+                                              TimeWeight("vdm", "data", lambda t: t / (1 - t) ** 3), TimeWeight("exponential", "data", lambda t: torch.exp(-7 * (1 - t))))}
+
+def time_weight(
+    weight: str | TimeWeight,  # a name in `WEIGHTS`, or a weight itself
+) -> TimeWeight:
+    "A weight by name"
+    if isinstance(weight, TimeWeight): return weight
+    if weight not in WEIGHTS: raise UserError(f"there is no weight {weight!r}: choose among {', '.join(WEIGHTS)}, or fit one with `fit_time_weight`.")
+    return WEIGHTS[weight]
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #cbb3304f
+def weighted(
+    losses: torch.Tensor,  # [..., S, 3], see `residual_losses`
+    times: torch.Tensor,  # [..., S]
+    loss: str = "l2",  # one of `LOSSES`
+    weight: str | TimeWeight = "uniform",
+) -> torch.Tensor:  # [..., S] float64
+    "One loss of each sample, weighted by its time"
+    if loss not in LOSSES: raise UserError(f"there is no loss {loss!r}: choose among {', '.join(LOSSES)}.")
+    return losses[..., LOSSES.index(loss)].double() * time_weight(weight)(times, loss).to(losses.device)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #17bce090
+def bernstein(
+    times: torch.Tensor,  # [...]
+    degree: int = 3,
+    low: float = 0.0,  # interval on which the basis is positive
+    high: float = 1.0,
+) -> torch.Tensor:  # [..., degree + 1] float64, sums to 1
+    "Bernstein's polynomials"
+    x = (torch.as_tensor(times, dtype=torch.float64) - low) / (high - low)
+    return torch.stack([math.comb(degree, place) * x ** place * (1 - x) ** (degree - place) for place in range(degree + 1)], -1)
+
+@dataclass(frozen=True)
+class FittedWeight(TimeWeight):
+    "A polynomial in t fitted on cached errors; minus the weighted mean error is then a logit"
+    coefficients: tuple = ()  # in Bernstein's basis
+    interval: tuple = (0.0, 1.0)
+    cross_entropy: float = math.nan  # on the items of the fit, without the ridge
+
+def fitted_weight(coefficients, interval, cross_entropy=math.nan) -> FittedWeight:
+    "The weight with these coefficients"
+    values = torch.tensor(coefficients, dtype=torch.float64)
+    curve = lambda t: bernstein(t, len(values) - 1, *interval) @ values
+    return FittedWeight("fitted", "velocity", curve, tuple(coefficients), tuple(interval), cross_entropy)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #40f80f54
+def _features(errors, times, degree, low, high):
+    "Minus the mean of error times basis function, [I, C, degree + 1], and the size by which it is divided; what all candidates share is taken away"
+    centred = errors.double() - errors.double().mean(1, keepdim=True)
+    basis = bernstein(times, degree, low, high).expand(len(errors), -1, -1)  # [I, S, degree + 1]
+    features = -torch.einsum("ics,isk->ick", centred, basis) / errors.shape[2]
+    size = float(features.std().clamp(min=1e-300))
+    return features / size, size
+
+def fit_time_weight(
+    errors: torch.Tensor,  # [I, C, S], one loss of the velocity, not weighted
+    labels: torch.Tensor,  # [I], the right candidates
+    times: torch.Tensor,  # [S], or [I, S] where every item has a plan of its own
+    degree: int = 3,
+    positive: bool = False,  # whether the weight must stay above 0 on the interval
+    ridge: float = 1e-4,  # times the sum of squared coefficients, at unit size of the features
+    interval: tuple[float, float] | None = None,  # (low, high) of Bernstein's basis; the times' own range if not given
+) -> FittedWeight:
+    "A polynomial weight by cross-entropy on cached errors (low-shot weights), found by L-BFGS in float64"
+    low, high = interval or (float(times.min()), float(times.max()))
+    if not high > low: raise UserError(f"all times are {low:g}: a weight over time needs samples at several times.")
+    features, size = _features(errors, times, degree, low, high)
+    raw = torch.zeros(degree + 1, dtype=torch.float64, requires_grad=True)
+    shaped = lambda: torch.nn.functional.softplus(raw) if positive else raw
+    optimizer = torch.optim.LBFGS([raw], max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(features @ shaped(), labels) + ridge * shaped().square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    found = shaped().detach()
+    return fitted_weight((found / size).tolist(), (low, high), float(torch.nn.functional.cross_entropy(features @ found, labels)))
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #c171979f
+def corrected(
+    errors: torch.Tensor,  # [..., C, S]
+    unconditional: torch.Tensor,  # [..., S], of the same samples under the empty caption
+) -> torch.Tensor:  # [..., C, S]
+    "Errors less those without a caption: minus their mean is s(x, c) − s(x, ∅)"
+    return errors - unconditional.unsqueeze(-2)
