@@ -5,9 +5,11 @@
 # %% ../../nbs/understand/retrieval.ipynb #ee8b4712
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, permutations, product
 from pathlib import Path
@@ -17,18 +19,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.scenes import SIZES, Facts, Object, Relation, Scene, World, caption_of, drawer, facts, named_attributes, parse, relation_holds, uniforms
+from ..data.scenes import SIZES, Facts, Object, Relation, Scene, World, batch, caption_of, drawer, facts, holds, named_attributes, parse, relation_holds, sample_scenes, uniforms
 from ..errors import UserError
+from ..evaluate.intervals import wilson
+from ..evaluate.records import run_record
+from ..models.flow import interpolate, velocity_target
 from ..models.saving import fingerprint
-from ..paths import atomic_path
-from .scorers import reading
+from ..paths import atomic_path, cache_dir
+from .denoisers import Cost, Denoiser, GeneratorDenoiser, call_flops, counted_flops
+from .diffusion_classifier import LOSSES, SamplePlan, residual_losses, sample_plan
+from .scorers import Parts, load_scorers, reading
 
 # %% auto #0
-__all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'things_of', 'canonical_relations', 'templates', 'shuffled',
+__all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'DEPTHS', 'things_of', 'canonical_relations', 'templates', 'shuffled',
            'CaptionSpace', 'distinct_captions', 'gallery', 'plain_caption', 'read_captions', 'complete_captions',
            'relevant_rows', 'embed_captions', 'embed_images', 'encoder_fingerprint', 'captions_digest', 'read_note',
            'write_texts', 'read_texts', 'embed_to_folder', 'import_faiss', 'check_kind', 'default_options',
-           'build_engine', 'Found', 'CaptionIndex', 'engine_path', 'write_engine', 'read_engine', 'search']
+           'build_engine', 'Found', 'CaptionIndex', 'engine_path', 'write_engine', 'read_engine', 'search', 'hits_of',
+           'chance_recall', 'recall_row', 'ShortlistErrors', 'mixed_scores', 'reciprocal_rank', 'fit_weight',
+           'Reranked', 'rerank', 'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto',
+           'groups_of', 'shortlist_rows', 'hybrid_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
+           'open_gallery', 'measure_retrieval', 'check_shortlists', 'retrieve_pictures']
 
 # %% ../../nbs/understand/retrieval.ipynb #9aa45e80
 def things_of(
@@ -497,3 +508,403 @@ def _search_wider(index):
 def _search_as_asked(index):
     if index.kind == "ivf": index.engine.nprobe = index.options["nprobe"]
     if index.kind == "hnsw": index.engine.hnsw.efSearch = index.options["ef_search"]
+
+# %% ../../nbs/understand/retrieval.ipynb #82695535
+def hits_of(
+    ids: torch.Tensor,  # [Q, K] rows of a gallery
+    rows: Sequence[np.ndarray],  # Q arrays of relevant rows
+) -> torch.Tensor:  # [Q, K] bool
+    "Which places of the shortlists hold a relevant caption"
+    return torch.stack([torch.isin(mine, torch.from_numpy(right)) for mine, right in zip(ids, rows, strict=True)])
+
+def chance_recall(
+    rows: Sequence[np.ndarray],  # Q arrays of relevant rows
+    count: int,  # N
+    k: int,
+) -> float:
+    "Recall@K of captions drawn blindly, the mean over pictures"
+    def missed(right): return math.prod(max(count - k - place, 0) / (count - place) for place in range(len(right)))
+    return 1 - sum(missed(right) for right in rows) / len(rows)
+
+def recall_row(
+    hits: torch.Tensor,  # [Q, K] bool
+    rows: Sequence[np.ndarray],
+    count: int,  # N
+    k: int,
+    **labels,  # columns of the row
+) -> dict:
+    "Recall@k in long form"
+    return {**labels, **wilson(int(hits[:, :k].any(1).sum()), len(hits))._asdict(), "chance": chance_recall(rows, count, k)}
+
+# %% ../../nbs/understand/retrieval.ipynb #3175b9c7
+class ShortlistErrors:
+    "Denoising errors of one picture under some captions, computed when they are asked for (an `ErrorSource`)"
+    def __init__(self,
+        denoiser: Denoiser,
+        image: torch.Tensor,  # [3, H, W] in [0, 1]
+        captions: Sequence[str],  # C candidates
+        plan: SamplePlan,  # S paired samples
+        batch_size: int = 128,  # (candidate, sample) pairs at a time
+    ):
+        self.denoiser, self.batch_size, self.candidates, self.samples = denoiser, batch_size, len(captions), len(plan)
+        self.latent = denoiser.encode(image[None].to(denoiser.device))
+        with reading(denoiser.name, captions): self.conditions = denoiser.prepare(list(captions))
+        self.times, self.noises = denoiser.snap(plan.times.float()).to(self.latent), plan.noises(denoiser.shape).to(self.latent)
+        self.cost = Cost(prompts=len(captions), pictures=1)
+
+    def errors(self,
+        candidates: torch.Tensor,  # [K] int64
+        samples: torch.Tensor,  # [J] int64
+    ) -> torch.Tensor:  # [K, J] float64 on the CPU, lower is better
+        "The errors of some candidates on some samples"
+        pairs = torch.stack([candidates.repeat_interleave(len(samples)), samples.repeat(len(candidates))], 1)
+        found = torch.cat([self._of(*part.to(self.latent.device).T) for part in pairs.split(self.batch_size)])
+        self.cost += Cost(len(pairs), len(pairs) * self.denoiser.tokens, len(pairs) * call_flops(self.denoiser, self.conditions))
+        return found.view(len(candidates), len(samples))
+
+    @torch.no_grad()
+    def _of(self, candidates, samples):
+        noise, t, latents = self.noises[samples], self.times[samples], self.latent.expand(len(samples), *self.latent.shape[1:])
+        velocity = self.denoiser.velocity(interpolate(latents, noise, t), t, self.conditions.select(candidates))
+        return residual_losses(velocity, velocity_target(latents, noise))[:, LOSSES.index("l2")].double().cpu()
+
+# %% ../../nbs/understand/retrieval.ipynb #340ba5bf
+def mixed_scores(
+    cosines: torch.Tensor,  # [..., K]
+    errors: torch.Tensor,  # [..., K, S]
+    budget: int | None = None,  # B, samples used; all if not given
+    weight: float = math.inf,  # λ
+) -> torch.Tensor:  # [..., K] float64, higher is better
+    "Cosine + λ · denoising score"
+    denoising = -errors[..., :budget].double().mean(-1)
+    return denoising if math.isinf(weight) else cosines.double() + weight * denoising
+
+def reciprocal_rank(
+    scores: torch.Tensor,  # [Q, K]
+    hits: torch.Tensor,  # [Q, K] bool
+) -> torch.Tensor:  # [Q], 0 where nothing relevant is there
+    "One over the place of the first relevant candidate; of equal scores the relevant one comes last"
+    best = scores.masked_fill(~hits, -math.inf).amax(1, keepdim=True)
+    place = ((scores >= best) & ~hits).sum(1) + 1
+    return hits.any(1).double() / place
+
+def fit_weight(
+    cosines: torch.Tensor,  # [Q, K] of held-in pictures
+    errors: torch.Tensor,  # [Q, K, S]
+    hits: torch.Tensor,  # [Q, K] bool
+    budget: int | None = None,
+) -> float:  # λ, among 0, ∞ and 41 values between
+    "The λ of the best mean reciprocal rank; the smallest of those that are equally good"
+    spread = lambda scores: float((scores - scores.mean(1, keepdim=True)).double().square().mean().sqrt().clamp(min=1e-12))
+    unit = spread(cosines) / spread(mixed_scores(cosines, errors, budget))
+    grid = [0.0, *(unit * 10 ** (power / 10) for power in range(-20, 21)), math.inf]
+    return max(grid, key=lambda weight: (float(reciprocal_rank(mixed_scores(cosines, errors, budget, weight), hits).mean()), -weight))
+
+# %% ../../nbs/understand/retrieval.ipynb #8e43b7f7
+class Reranked(NamedTuple):
+    "A shortlist in its final order"
+    order: torch.Tensor  # [K] int64, places in the shortlist, best first
+    scores: torch.Tensor  # [K] float64 in the order of the shortlist; -inf for a candidate that lost before the end
+    cost: Cost
+
+def rerank(
+    source,  # an `ErrorSource` whose `cost` tells what was spent
+    cosines: torch.Tensor,  # [K]
+    budget: int | None = None,  # B; all samples of the source if not given
+    weight: float = math.inf,  # λ, see `mixed_scores`
+    decide: Callable | None = None,  # a schedule instead of a fixed budget: source → something with a `winner`
+) -> Reranked:
+    "Read a shortlist again. A schedule that stops early names a winner; the others follow by cosine."
+    if decide is not None:
+        winner = int(decide(source).winner)
+        scores = torch.full((source.candidates,), -math.inf, dtype=torch.float64).index_fill(0, torch.tensor([winner]), 0.0)
+        return Reranked((cosines.double() + 3.0 * torch.isfinite(scores)).argsort(descending=True, stable=True), scores, source.cost)
+    samples = torch.arange(min(budget or source.samples, source.samples))
+    scores = mixed_scores(cosines, source.errors(torch.arange(source.candidates), samples), None, weight)
+    return Reranked(scores.argsort(descending=True, stable=True), scores, source.cost)
+
+# %% ../../nbs/understand/retrieval.ipynb #3fdbe269
+def denoiser_of(scorer) -> Denoiser | None:
+    "The network behind a denoising scorer; none for other scorers"
+    if (own := getattr(scorer, "denoiser", None)) is not None: return own
+    return GeneratorDenoiser(scorer.generator, scorer.name) if hasattr(getattr(scorer, "generator", None), "prompt_cache") else None
+
+def shortlist_errors(
+    scorer,  # any `Scorer`, a `DenoisingScorer` among them
+    images: Sequence[torch.Tensor],  # Q pictures [3, H, W] in [0, 1]
+    captions: Sequence[Sequence[str]],  # Q × K candidates
+    budget: int = 4,  # B, samples a candidate; a scorer that does not denoise gives one answer
+    seed: int = 0,  # of the noises
+    progress: Callable | None = None,  # called with (what, done, of how many)
+) -> tuple[torch.Tensor, Cost]:  # errors [Q, K, B], lower is better, and what they cost
+    "Every picture under every caption of its own shortlist"
+    denoiser, found, cost = denoiser_of(scorer), [], Cost()
+    plan = sample_plan(budget, "even", seed=seed)
+    for image, candidates in zip(images, captions, strict=True):
+        if denoiser is None: found.append(-scorer.score(image[None], list(candidates))[0].double().cpu()[:, None]); cost += Cost(calls=len(candidates), pictures=1)
+        else:
+            source = ShortlistErrors(denoiser, image, candidates, plan)
+            found.append(source.errors(torch.arange(len(candidates)), torch.arange(budget)))
+            cost += source.cost
+        if progress: progress("re-ranking", len(found), len(captions))
+    return torch.stack(found), cost
+
+# %% ../../nbs/understand/retrieval.ipynb #5d693ea0
+def flops_of_parts(
+    encoder,  # see `embed_images`
+    dim: int,  # d
+    scorer,  # any `Scorer`
+    image: torch.Tensor,  # [3, H, W]
+    caption: str,  # of a typical length
+) -> dict:  # operations of one picture's vector, one comparison, one picture's latents, one candidate's text, one call
+    "What the parts of a query cost"
+    denoiser, picture = denoiser_of(scorer), image[None]
+    fixed = {"picture": counted_flops(lambda: encoder.encode_image(picture)), "comparison": 2 * dim}
+    if denoiser is None: return {**fixed, "latents": 0, "text": 0, "call": counted_flops(lambda: scorer.score(picture, [caption]))}
+    picture = picture.to(denoiser.device)
+    return {**fixed, "latents": counted_flops(lambda: denoiser.encode(picture)), "text": counted_flops(lambda: denoiser.prepare([caption])), "call": call_flops(denoiser, denoiser.prepare([caption]))}
+
+def query_gflops(
+    parts: dict,  # of `flops_of_parts`
+    comparisons: float,  # of the search
+    shortlist: int = 0,  # K candidates that are read again
+    budget: int = 0,  # B
+) -> float:
+    "10⁹ operations of one query"
+    again = parts["latents"] + shortlist * (parts["text"] + budget * parts["call"]) if budget else 0
+    return (parts["picture"] + comparisons * parts["comparison"] + again) / 1e9
+
+def pareto(
+    costs: Sequence[float],
+    values: Sequence[float],
+) -> list[bool]:  # True where nothing dominates the point
+    "The points that no other beats: cost ≤ and value ≥, one of them strictly"
+    points = list(zip(costs, values, strict=True))
+    return [not any(cost <= mine and value >= own and (cost < mine or value > own) for cost, value in points) for mine, own in points]
+
+# %% ../../nbs/understand/retrieval.ipynb #9ae62c90
+def _group_of(scene): return f"{len(scene.items)} thing{'s' * (len(scene.items) > 1)}"
+
+def groups_of(
+    scenes: Sequence[Scene],
+) -> dict[str, list[int]]:  # "all" and one entry a number of things
+    "Places of the scenes by how many things they show"
+    found = {"all": list(range(len(scenes)))}
+    for place, scene in enumerate(scenes): found.setdefault(_group_of(scene), []).append(place)
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != "all", name))} if len(found) > 2 else {"all": found["all"]}
+
+# %% ../../nbs/understand/retrieval.ipynb #ab24530c
+def shortlist_rows(
+    found: Found,
+    relevant: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    scenes: Sequence[Scene],
+    count: int,  # N
+    depths: Sequence[int],  # K
+    held_in: int = 0,  # the first pictures, of which nothing is reported
+    **labels,
+) -> list[dict]:
+    "Recall@K of the shortlist, relevant and exact, for all pictures and for each number of things"
+    rows = []
+    for group, places in groups_of(scenes[held_in:]).items():
+        places = [held_in + place for place in places]
+        for name, right in (("", [relevant[place] for place in places]), ("exact ", [exact[place] for place in places])):
+            hits = hits_of(found.ids[places], right)
+            rows += [recall_row(hits, right, count, k, images=group, **labels, metric=f"{name}recall@{k}", shortlist=k, budget=0) for k in depths]
+    return rows
+
+def hybrid_rows(
+    found: Found,
+    errors: torch.Tensor,  # [Q, K, B]
+    relevant: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    scenes: Sequence[Scene],
+    held_in: int,  # the first pictures, on which λ is fitted
+    index: CaptionIndex,
+    shortlists: Sequence[int],  # K
+    budgets: Sequence[int],  # B
+    name: str = "denoising",
+    **labels,
+) -> list[dict]:
+    "Recall@1 after re-ranking, for every K × B, by the second reader alone and mixed with the cosine"
+    rows, hits, right = [], hits_of(found.ids, relevant), hits_of(found.ids, exact)
+    for k, budget in product(shortlists, budgets):
+        fitted = fit_weight(found.cosines[:held_in, :k], errors[:held_in, :k], hits[:held_in, :k], budget)
+        for category, weight in ((name, math.inf), (f"cosine + {name}", fitted)):
+            top = mixed_scores(found.cosines[:, :k], errors[:, :k], budget, weight).argmax(1, keepdim=True)
+            texts = [index.captions[row] for row in found.ids.gather(1, top)[:, 0].tolist()]
+            told = {"recall@1": hits.gather(1, top), "exact recall@1": right.gather(1, top), "true@1": torch.tensor([[_is_true(scene, text)] for scene, text in zip(scenes, texts)])}
+            more = {"shortlist": k, "budget": budget, "calls": k * budget, "weight": None if math.isinf(weight) else weight}
+            rows += _hybrid(told, relevant, scenes, held_in, len(index), {**labels, "category": category}, more)
+    return rows
+
+def _hybrid(told, relevant, scenes, held_in, count, labels, more):
+    rows, groups = [], groups_of(scenes[held_in:])
+    for (group, places), (metric, right) in product(groups.items(), told.items()):
+        mine = right[held_in:][places]
+        chance = None if metric == "true@1" else chance_recall([relevant[held_in + place] for place in places], count, 1)
+        rows.append({"images": group, **labels, "metric": metric, **wilson(int(mine.sum()), len(mine))._asdict(), "chance": chance, **more})
+    return rows
+
+def _is_true(scene, text):
+    "Whether a caption of the grammar holds in a scene; any other text does not"
+    try: return holds(scene, parse(text))
+    except UserError: return False
+
+# %% ../../nbs/understand/retrieval.ipynb #6e1dbf99
+def with_front(
+    rows: list[dict],  # of `shortlist_rows` and `hybrid_rows`
+    parts: dict,  # of `flops_of_parts`
+    comparisons: float,  # of the search
+) -> list[dict]:
+    "The rows with their cost; of every recall@1 it is told whether it lies on the front of its group"
+    rows = [{**row, "gflops": query_gflops(parts, comparisons, row["shortlist"], row["budget"])} if "shortlist" in row else row for row in rows]
+    for group in dict.fromkeys(row["images"] for row in rows):
+        mine = [row for row in rows if row["images"] == group and row["metric"] == "recall@1"]
+        for row, best in zip(mine, pareto([row["gflops"] for row in mine], [row["value"] for row in mine])): row["front"] = best
+    return rows
+
+# %% ../../nbs/understand/retrieval.ipynb #f7617b8d
+def _shown(rows, group, metric): return [row for row in rows if row["images"] == group and row["metric"].split("@")[0] == metric]
+
+def recall_figure(
+    rows: list[dict],  # of a measurement
+):  # matplotlib figure
+    "Recall@K of the shortlist with its 95% interval, a line for each number of things"
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(4.6, 3), dpi=80, layout="constrained")
+    for group in dict.fromkeys(row["images"] for row in rows if row.get("shortlist") and row["budget"] == 0):
+        line = [row for row in _shown(rows, group, "recall") if row["budget"] == 0]
+        depths = [row["shortlist"] for row in line]
+        axis.plot(depths, [row["value"] for row in line], marker="o", markersize=3, label=group)
+        axis.fill_between(depths, [row["low"] for row in line], [row["high"] for row in line], alpha=.15)
+        if group == "all": axis.plot(depths, [row["chance"] for row in line], ":", color="0.5", label="chance")
+    axis.set(xscale="log", ylim=(-.02, 1.02), xlabel="K, length of the shortlist", ylabel="recall@K", title=next(row["suite"] for row in rows if "suite" in row))
+    axis.legend(fontsize=7)
+    return figure
+
+def pareto_figure(
+    rows: list[dict],  # of `with_front`
+    group: str = "all",
+):  # matplotlib figure
+    "Recall@1 against the cost of a query: a line for each K, a point for each budget, and the front"
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(5.4, 3.4), dpi=80, layout="constrained")
+    points = [row for row in _shown(rows, group, "recall") if row["metric"] == "recall@1"]
+    mixed = [row for row in points if row["budget"] and row["category"].startswith("cosine")]
+    for number, k in enumerate(dict.fromkeys(row["shortlist"] for row in mixed)):
+        for line, style in (([row for row in mixed if row["shortlist"] == k], "-"), ([row for row in points if row["budget"] and row not in mixed and row["shortlist"] == k], ":")):
+            axis.plot([row["gflops"] for row in line], [row["value"] for row in line], style, marker="o", markersize=3, color=f"C{number}", label=f"K = {k}" if style == "-" else None)
+    for row in points:
+        if not row["budget"]: axis.errorbar(row["gflops"], row["value"], [[row["value"] - row["low"]], [row["high"] - row["value"]]], marker="s", color="black", capsize=2, label="search alone")
+    front = sorted((row["gflops"], row["value"]) for row in points if row["front"])
+    axis.step(*zip(*front), where="post", color="0.3", linewidth=.8, label="front")
+    axis.set(xscale="log", xlabel="GFLOP a query", ylabel="recall@1", title=f"{group}; solid: cosine + denoising, dotted: denoising alone")
+    axis.title.set_fontsize(8); axis.legend(fontsize=7)
+    return figure
+
+# %% ../../nbs/understand/retrieval.ipynb #f0b4473e
+def two_towers(scorer):
+    "The model of a scorer that gives pictures and captions vectors of one space"
+    model = getattr(scorer, "model", scorer)
+    if hasattr(model, "encode_text") and hasattr(model, "encode_image"): return model
+    raise UserError(f"The scorer {getattr(scorer, 'name', '?')!r} gives captions no vectors that could be searched: choose contrastive or another with two towers.")
+
+def open_gallery(
+    encoder,  # with two towers
+    world: World,
+    captions: int | str | Path,  # how many of the world's captions, or a file
+    scenes: Sequence[Scene] = (),  # whose captions must be among those of the world
+    folder: str | Path | None = None,  # where vectors lie; default: a folder of the cache, of these captions and this model
+    seed: int = 0,  # of the order of captions
+    progress: Callable | None = None,
+) -> CaptionIndex:
+    "A gallery that can be searched, embedded now or earlier"
+    texts = gallery(world, captions, scenes, seed) if isinstance(captions, int) else read_captions(captions)
+    folder = folder or cache_dir() / "retrieval" / f"{captions_digest(texts)}-{encoder_fingerprint(encoder)}"
+    return CaptionIndex.build(texts, encoder, folder, progress=progress)
+
+# %% ../../nbs/understand/retrieval.ipynb #d123584d
+DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)  # K of recall@K
+
+def measure_retrieval(
+    root: str | Path | Parts | None = None,  # folder of checkpoints; none is the embedded `tiny` one
+    number: int = 200,  # Q, scenes that are asked for; the first quarter is held in
+    captions: int | str | Path = 100_000,  # N of the world's own, or a file
+    kind: str = "flat",  # of index
+    options: dict | None = None,  # of the index
+    shortlists: Sequence[int] = (10, 30, 100),  # K
+    budgets: Sequence[int] = (1, 2, 4),  # B
+    scorer: str = "denoising",
+    encoder: str = "contrastive",  # a scorer with two towers
+    things: Sequence[int] = (),  # numbers of things in a scene, equally often; default: as the world has them
+    folder: str | Path | None = None,  # see `open_gallery`
+    seed: int = 1_000_003,  # of scenes and noises; apart from the training's
+    device: str | torch.device = "cpu",
+    progress: Callable | None = None,  # called with (what, done, of how many)
+    command: str = "",
+) -> dict:  # {"run", "rows"}
+    "Recall of the shortlist, and of the hybrid for every K × B, with what they cost"
+    parts = root if isinstance(root, Parts) else Parts(root)
+    world = dataclasses.replace(parts.world, counts={many: 1 / len(things) for many in things}) if things else parts.world
+    if number < 4: raise UserError(f"{number} scenes are too few: give at least 4, of which a quarter is held in.")
+    loaded = load_scorers(parts, list(dict.fromkeys([encoder, scorer])), device)
+    model, second, scenes = two_towers(loaded[encoder]), loaded[scorer], sample_scenes(world, seed, range(number))
+    images = torch.cat([batch(world, seed, range(start, min(start + 64, number)))["images"] for start in range(0, number, 64)])
+    index = open_gallery(model, world, captions, scenes, folder, progress=progress).use(kind, progress, **(options or {}))
+    if denoiser_of(second) is None: budgets = (1,)  # it answers once
+    check_shortlists(shortlists, budgets, len(index))
+    queries, begin = embed_images(model, images.to(device)), time.perf_counter()
+    found = index.search(queries, min(max(*shortlists, *DEPTHS), len(index)))
+    seconds = time.perf_counter() - begin
+    relevant, exact = _what_counts(index, scenes, world, not isinstance(captions, int))
+    short = [[index.captions[row] for row in rows] for rows in found.ids[:, :max(shortlists)].tolist()]
+    errors, cost = shortlist_errors(second, images.to(device), short, max(budgets), seed, progress)
+    labels = {"suite": f"{len(index):,} captions"}
+    rows = shortlist_rows(found, relevant, exact, scenes, len(index), [k for k in DEPTHS if k <= len(index)], number // 4, category=kind, **labels)
+    rows += hybrid_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, budgets, scorer, **labels)
+    flops = flops_of_parts(model, queries.shape[1], second, images[0].to(device), short[0][0])
+    rows = with_front(rows, flops, found.comparisons)
+    about = {"index": {"kind": kind, **index.options, "captions": len(index), "dim": queries.shape[1], "comparisons": found.comparisons}, "scorer": scorer, "encoder": encoder, "held_in": number // 4,
+             "relevant_captions": float(np.mean([len(right) for right in relevant])), "operations": flops, "cost": cost.asdict(), "search_seconds": round(seconds, 4), "faiss": import_faiss().__version__}
+    return {"run": run_record(command, seed, parts.root, device, **about), "rows": rows}
+
+def check_shortlists(shortlists: Sequence[int], budgets: Sequence[int], count: int):
+    "Refuse shortlists longer than the gallery and budgets of nothing"
+    if not shortlists or not budgets: raise UserError("There is no shortlist or no budget: give at least one number of each.")
+    for k in shortlists:
+        if not 1 <= k <= count: raise UserError(f"The shortlist is {k:,} captions long and there are {count:,}: give a number from 1 to {count:,}.")
+    for budget in budgets:
+        if budget < 1: raise UserError(f"The budget is {budget} samples a candidate: give at least 1.")
+
+def _what_counts(index, scenes, world, foreign):
+    "Rows of the gallery that are relevant, and those that are exact, for each scene"
+    def rows(wanted): return relevant_rows(index.captions, wanted, plain=not foreign)
+    found = rows([complete_captions(scene, world) for scene in scenes]), rows([[plain_caption(scene, world)] for scene in scenes])
+    if not any(len(right) for right in found[0]): raise UserError("None of the captions fits any of the scenes: nothing could be found; give captions of this world, or their number.")
+    return found
+
+# %% ../../nbs/understand/retrieval.ipynb #d359a409
+def retrieve_pictures(
+    index: CaptionIndex,  # after `use`
+    encoder,  # with two towers
+    scorer,  # any `Scorer`
+    images: Sequence[torch.Tensor],  # pictures [3, H, W] in [0, 1], of any sizes
+    names: Sequence[str],  # of the pictures
+    shortlist: int = 30,  # K
+    budget: int = 4,  # B
+    weight: float = math.inf,  # λ, see `mixed_scores`
+    top: int = 5,  # captions told of each picture
+    seed: int = 0,  # of the noises
+    progress: Callable | None = None,
+) -> list[dict]:  # one row a caption, in the final order
+    "The captions of pictures"
+    check_shortlists([shortlist], [budget], len(index))
+    found = index.search(torch.cat([embed_images(encoder, image[None]) for image in images]), shortlist)
+    short = [[index.captions[row] for row in rows] for rows in found.ids.tolist()]
+    errors, _ = shortlist_errors(scorer, images, short, budget, seed, progress)
+    scores, rows = mixed_scores(found.cosines, errors, None, weight), []
+    for name, texts, cosines, mine, told in zip(names, short, found.cosines.tolist(), scores, errors.mean(2).tolist()):
+        for rank, place in enumerate(mine.argsort(descending=True, stable=True)[:top].tolist(), 1):
+            rows.append({"images": name, "suite": f"{len(index):,} captions", "category": texts[place], "metric": "score", "value": float(mine[place]), "rank": rank, "search_rank": place + 1, "cosine": cosines[place], scorer.name: -told[place]})
+    return rows
