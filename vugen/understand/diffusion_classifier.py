@@ -19,9 +19,9 @@ from ..models.flow import SMALLEST, convert_error, interpolate, velocity_target
 # %% auto #0
 __all__ = ['BITS', 'TIME_PLANS', 'ESTIMATORS', 'LOSSES', 'WEIGHTS', 'classifier_times', 'paired_noises', 'paired_errors',
            'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights', 'accuracy_by_time',
-           'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled', 'uniform_times', 'even_times', 'stratified_times',
-           'noise_of', 'SamplePlan', 'sample_plan', 'residual_losses', 'TimeWeight', 'time_weight', 'weighted',
-           'bernstein', 'FittedWeight', 'fitted_weight', 'fit_time_weight', 'corrected']
+           'accuracy_by_samples', 'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled', 'uniform_times',
+           'even_times', 'stratified_times', 'noise_of', 'SamplePlan', 'sample_plan', 'residual_losses', 'TimeWeight',
+           'time_weight', 'weighted', 'bernstein', 'FittedWeight', 'fitted_weight', 'fit_time_weight', 'corrected']
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #1a4ba23c
 def classifier_times(
@@ -138,6 +138,14 @@ def accuracy_by_time(
     "Accuracy when each time decides alone; a tie is no win"
     right = errors.gather(1, labels.view(-1, 1, 1).expand(-1, 1, errors.shape[2]))
     return ((errors > right).sum(1) == errors.shape[1] - 1).double().mean(0)
+
+# %% ../../nbs/understand/diffusion_classifier.ipynb #442b86be
+def accuracy_by_samples(
+    errors: torch.Tensor,  # [I, C, S], in the order of the plan, weights applied
+    labels: torch.Tensor,  # [I], index of the right candidate
+) -> torch.Tensor:  # [S]
+    "Accuracy of the first 1, 2, … S samples; a tie is no win"
+    return accuracy_by_time(errors.double().cumsum(-1), labels)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #c99a555e
 def _mix(values: np.ndarray) -> np.ndarray:
