@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, permutations, product
@@ -23,11 +24,11 @@ from ..data.scenes import SIZES, Facts, Object, Relation, Scene, World, batch, c
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
-from ..models.flow import interpolate, velocity_target
 from ..models.saving import fingerprint
 from ..paths import atomic_path, cache_dir
 from .denoisers import Cost, Denoiser, GeneratorDenoiser, call_flops, counted_flops
-from .diffusion_classifier import LOSSES, SamplePlan, residual_losses, sample_plan
+from .diffusion_classifier import sample_plan
+from .error_store import ClassifierItem, ErrorStore, StoredErrors, fill, picture_digest, snapped
 from .scorers import Parts, load_scorers, reading
 
 # %% auto #0
@@ -36,10 +37,10 @@ __all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'DEPTHS', 'things_of', 
            'relevant_rows', 'embed_captions', 'embed_images', 'encoder_fingerprint', 'captions_digest', 'read_note',
            'write_texts', 'read_texts', 'embed_to_folder', 'import_faiss', 'check_kind', 'default_options',
            'build_engine', 'Found', 'CaptionIndex', 'engine_path', 'write_engine', 'read_engine', 'search', 'hits_of',
-           'chance_recall', 'recall_row', 'ShortlistErrors', 'mixed_scores', 'reciprocal_rank', 'fit_weight',
-           'Reranked', 'rerank', 'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto',
-           'groups_of', 'shortlist_rows', 'hybrid_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
-           'open_gallery', 'measure_retrieval', 'check_shortlists', 'retrieve_pictures']
+           'chance_recall', 'recall_row', 'mixed_scores', 'reciprocal_rank', 'fit_weight', 'Reranked', 'rerank',
+           'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto', 'groups_of', 'shortlist_rows',
+           'hybrid_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers', 'open_gallery',
+           'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
 
 # %% ../../nbs/understand/retrieval.ipynb #9aa45e80
 def things_of(
@@ -156,7 +157,8 @@ def gallery(
     "The first N distinct captions, the last of them replaced where the caption of a scene is missing"
     space = world if isinstance(world, CaptionSpace) else CaptionSpace(world)
     own = dict.fromkeys(plain_caption(scene, space.world) for scene in scenes)
-    if number < max(len(own), 1): raise UserError(f"A gallery of {number:,} captions has no room for the {len(own):,} of the pictures: ask for more captions.")
+    if number < 1: raise UserError(f"{number:,} captions cannot be searched: give at least 1.")
+    if number < len(own): raise UserError(f"A gallery of {number:,} captions has no room for the {len(own):,} of the pictures: ask for more captions.")
     found = list(distinct_captions(space, seed, 0, number))
     there = own.keys() & set(found)
     missing = [text for text in own if text not in there]
@@ -536,38 +538,6 @@ def recall_row(
     "Recall@k in long form"
     return {**labels, **wilson(int(hits[:, :k].any(1).sum()), len(hits))._asdict(), "chance": chance_recall(rows, count, k)}
 
-# %% ../../nbs/understand/retrieval.ipynb #3175b9c7
-class ShortlistErrors:
-    "Denoising errors of one picture under some captions, computed when they are asked for (an `ErrorSource`)"
-    def __init__(self,
-        denoiser: Denoiser,
-        image: torch.Tensor,  # [3, H, W] in [0, 1]
-        captions: Sequence[str],  # C candidates
-        plan: SamplePlan,  # S paired samples
-        batch_size: int = 128,  # (candidate, sample) pairs at a time
-    ):
-        self.denoiser, self.batch_size, self.candidates, self.samples = denoiser, batch_size, len(captions), len(plan)
-        self.latent = denoiser.encode(image[None].to(denoiser.device))
-        with reading(denoiser.name, captions): self.conditions = denoiser.prepare(list(captions))
-        self.times, self.noises = denoiser.snap(plan.times.float()).to(self.latent), plan.noises(denoiser.shape).to(self.latent)
-        self.cost = Cost(prompts=len(captions), pictures=1)
-
-    def errors(self,
-        candidates: torch.Tensor,  # [K] int64
-        samples: torch.Tensor,  # [J] int64
-    ) -> torch.Tensor:  # [K, J] float64 on the CPU, lower is better
-        "The errors of some candidates on some samples"
-        pairs = torch.stack([candidates.repeat_interleave(len(samples)), samples.repeat(len(candidates))], 1)
-        found = torch.cat([self._of(*part.to(self.latent.device).T) for part in pairs.split(self.batch_size)])
-        self.cost += Cost(len(pairs), len(pairs) * self.denoiser.tokens, len(pairs) * call_flops(self.denoiser, self.conditions))
-        return found.view(len(candidates), len(samples))
-
-    @torch.no_grad()
-    def _of(self, candidates, samples):
-        noise, t, latents = self.noises[samples], self.times[samples], self.latent.expand(len(samples), *self.latent.shape[1:])
-        velocity = self.denoiser.velocity(interpolate(latents, noise, t), t, self.conditions.select(candidates))
-        return residual_losses(velocity, velocity_target(latents, noise))[:, LOSSES.index("l2")].double().cpu()
-
 # %% ../../nbs/understand/retrieval.ipynb #340ba5bf
 def mixed_scores(
     cosines: torch.Tensor,  # [..., K]
@@ -608,7 +578,7 @@ class Reranked(NamedTuple):
     cost: Cost
 
 def rerank(
-    source,  # an `ErrorSource` whose `cost` tells what was spent
+    source,  # an `ErrorSource`; its `cost`, where it has one, tells what was spent
     cosines: torch.Tensor,  # [K]
     budget: int | None = None,  # B; all samples of the source if not given
     weight: float = math.inf,  # λ, see `mixed_scores`
@@ -618,10 +588,10 @@ def rerank(
     if decide is not None:
         winner = int(decide(source).winner)
         scores = torch.full((source.candidates,), -math.inf, dtype=torch.float64).index_fill(0, torch.tensor([winner]), 0.0)
-        return Reranked((cosines.double() + 3.0 * torch.isfinite(scores)).argsort(descending=True, stable=True), scores, source.cost)
+        return Reranked((cosines.double() + 3.0 * torch.isfinite(scores)).argsort(descending=True, stable=True), scores, getattr(source, "cost", Cost()))
     samples = torch.arange(min(budget or source.samples, source.samples))
     scores = mixed_scores(cosines, source.errors(torch.arange(source.candidates), samples), None, weight)
-    return Reranked(scores.argsort(descending=True, stable=True), scores, source.cost)
+    return Reranked(scores.argsort(descending=True, stable=True), scores, getattr(source, "cost", Cost()))
 
 # %% ../../nbs/understand/retrieval.ipynb #3fdbe269
 def denoiser_of(scorer) -> Denoiser | None:
@@ -635,19 +605,26 @@ def shortlist_errors(
     captions: Sequence[Sequence[str]],  # Q × K candidates
     budget: int = 4,  # B, samples a candidate; a scorer that does not denoise gives one answer
     seed: int = 0,  # of the noises
+    folder: str | Path | None = None,  # store of errors: what it holds is not computed again; none forgets them
     progress: Callable | None = None,  # called with (what, done, of how many)
-) -> tuple[torch.Tensor, Cost]:  # errors [Q, K, B], lower is better, and what they cost
+) -> tuple[torch.Tensor, Cost]:  # errors [Q, K, B], lower is better, and what was spent on them now
     "Every picture under every caption of its own shortlist"
-    denoiser, found, cost = denoiser_of(scorer), [], Cost()
-    plan = sample_plan(budget, "even", seed=seed)
-    for image, candidates in zip(images, captions, strict=True):
-        if denoiser is None: found.append(-scorer.score(image[None], list(candidates))[0].double().cpu()[:, None]); cost += Cost(calls=len(candidates), pictures=1)
-        else:
-            source = ShortlistErrors(denoiser, image, candidates, plan)
-            found.append(source.errors(torch.arange(len(candidates)), torch.arange(budget)))
-            cost += source.cost
+    if (denoiser := denoiser_of(scorer)) is None: return _answers(scorer, images, captions, progress)
+    items = [ClassifierItem(picture_digest(image), tuple(texts), image=image) for image, texts in zip(images, captions, strict=True)]
+    plan, told = sample_plan(budget, "even", seed=seed), progress and (lambda done, total, seconds: progress("re-ranking", done, total))
+    with tempfile.TemporaryDirectory() as forgotten, reading(scorer.name, [text for texts in captions for text in texts]), ErrorStore(folder or forgotten) as store:
+        cost = sum((fill(store, denoiser, [item], plan) for item in items), Cost()) if len({image.shape for image in images}) > 1 else fill(store, denoiser, items, plan, progress=told)
+        return torch.stack([_whole(StoredErrors(store, item, snapped(plan, denoiser), denoiser.fingerprint)) for item in items]), cost
+
+def _whole(source): return source.errors(torch.arange(source.candidates), torch.arange(source.samples))
+
+def _answers(scorer, images, captions, progress):
+    "Minus the scores of a scorer that gives one answer, [Q, K, 1]"
+    found = []
+    for image, texts in zip(images, captions, strict=True):
+        found.append(-scorer.score(image[None], list(texts))[0].double().cpu()[:, None])
         if progress: progress("re-ranking", len(found), len(captions))
-    return torch.stack(found), cost
+    return torch.stack(found), Cost(calls=sum(map(len, captions)), pictures=len(found))
 
 # %% ../../nbs/understand/retrieval.ipynb #5d693ea0
 def flops_of_parts(
@@ -812,17 +789,21 @@ def two_towers(scorer):
 
 def open_gallery(
     encoder,  # with two towers
-    world: World,
-    captions: int | str | Path,  # how many of the world's captions, or a file
-    scenes: Sequence[Scene] = (),  # whose captions must be among those of the world
+    captions: Sequence[str],  # N
     folder: str | Path | None = None,  # where vectors lie; default: a folder of the cache, of these captions and this model
-    seed: int = 0,  # of the order of captions
     progress: Callable | None = None,
 ) -> CaptionIndex:
     "A gallery that can be searched, embedded now or earlier"
-    texts = gallery(world, captions, scenes, seed) if isinstance(captions, int) else read_captions(captions)
-    folder = folder or cache_dir() / "retrieval" / f"{captions_digest(texts)}-{encoder_fingerprint(encoder)}"
-    return CaptionIndex.build(texts, encoder, folder, progress=progress)
+    folder = folder or cache_dir() / "retrieval" / f"{captions_digest(captions)}-{encoder_fingerprint(encoder)}"
+    return CaptionIndex.build(captions, encoder, folder, progress=progress)
+
+def check_shortlists(shortlists: Sequence[int], budgets: Sequence[int], count: int):
+    "Refuse shortlists longer than the gallery and budgets of nothing"
+    if not shortlists or not budgets: raise UserError("There is no shortlist or no budget: give at least one number of each.")
+    for k in shortlists:
+        if not 1 <= k <= count: raise UserError(f"The shortlist is {k:,} captions long and there are {count:,}: give a number from 1 to {count:,}.")
+    for budget in budgets:
+        if budget < 1: raise UserError(f"The budget is {budget} samples a candidate: give at least 1.")
 
 # %% ../../nbs/understand/retrieval.ipynb #d123584d
 DEPTHS = (1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000)  # K of recall@K
@@ -848,18 +829,20 @@ def measure_retrieval(
     parts = root if isinstance(root, Parts) else Parts(root)
     world = dataclasses.replace(parts.world, counts={many: 1 / len(things) for many in things}) if things else parts.world
     if number < 4: raise UserError(f"{number} scenes are too few: give at least 4, of which a quarter is held in.")
+    scenes = sample_scenes(world, seed, range(number))
+    texts = gallery(world, captions, scenes) if isinstance(captions, int) else read_captions(captions)
+    check_kind(kind, options or {}); check_shortlists(shortlists, budgets, len(texts))
     loaded = load_scorers(parts, list(dict.fromkeys([encoder, scorer])), device)
-    model, second, scenes = two_towers(loaded[encoder]), loaded[scorer], sample_scenes(world, seed, range(number))
-    images = torch.cat([batch(world, seed, range(start, min(start + 64, number)))["images"] for start in range(0, number, 64)])
-    index = open_gallery(model, world, captions, scenes, folder, progress=progress).use(kind, progress, **(options or {}))
+    model, second = two_towers(loaded[encoder]), loaded[scorer]
     if denoiser_of(second) is None: budgets = (1,)  # it answers once
-    check_shortlists(shortlists, budgets, len(index))
+    images = torch.cat([batch(world, seed, range(start, min(start + 64, number)))["images"] for start in range(0, number, 64)])
+    index = open_gallery(model, texts, folder, progress).use(kind, progress, **(options or {}))
     queries, begin = embed_images(model, images.to(device)), time.perf_counter()
     found = index.search(queries, min(max(*shortlists, *DEPTHS), len(index)))
     seconds = time.perf_counter() - begin
     relevant, exact = _what_counts(index, scenes, world, not isinstance(captions, int))
     short = [[index.captions[row] for row in rows] for rows in found.ids[:, :max(shortlists)].tolist()]
-    errors, cost = shortlist_errors(second, images.to(device), short, max(budgets), seed, progress)
+    errors, cost = shortlist_errors(second, images.to(device), short, max(budgets), seed, index.folder / "errors", progress)
     labels = {"suite": f"{len(index):,} captions"}
     rows = shortlist_rows(found, relevant, exact, scenes, len(index), [k for k in DEPTHS if k <= len(index)], number // 4, category=kind, **labels)
     rows += hybrid_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, budgets, scorer, **labels)
@@ -868,14 +851,6 @@ def measure_retrieval(
     about = {"index": {"kind": kind, **index.options, "captions": len(index), "dim": queries.shape[1], "comparisons": found.comparisons}, "scorer": scorer, "encoder": encoder, "held_in": number // 4,
              "relevant_captions": float(np.mean([len(right) for right in relevant])), "operations": flops, "cost": cost.asdict(), "search_seconds": round(seconds, 4), "faiss": import_faiss().__version__}
     return {"run": run_record(command, seed, parts.root, device, **about), "rows": rows}
-
-def check_shortlists(shortlists: Sequence[int], budgets: Sequence[int], count: int):
-    "Refuse shortlists longer than the gallery and budgets of nothing"
-    if not shortlists or not budgets: raise UserError("There is no shortlist or no budget: give at least one number of each.")
-    for k in shortlists:
-        if not 1 <= k <= count: raise UserError(f"The shortlist is {k:,} captions long and there are {count:,}: give a number from 1 to {count:,}.")
-    for budget in budgets:
-        if budget < 1: raise UserError(f"The budget is {budget} samples a candidate: give at least 1.")
 
 def _what_counts(index, scenes, world, foreign):
     "Rows of the gallery that are relevant, and those that are exact, for each scene"
@@ -902,7 +877,7 @@ def retrieve_pictures(
     check_shortlists([shortlist], [budget], len(index))
     found = index.search(torch.cat([embed_images(encoder, image[None]) for image in images]), shortlist)
     short = [[index.captions[row] for row in rows] for rows in found.ids.tolist()]
-    errors, _ = shortlist_errors(scorer, images, short, budget, seed, progress)
+    errors, _ = shortlist_errors(scorer, images, short, budget, seed, None, progress)
     scores, rows = mixed_scores(found.cosines, errors, None, weight), []
     for name, texts, cosines, mine, told in zip(names, short, found.cosines.tolist(), scores, errors.mean(2).tolist()):
         for rank, place in enumerate(mine.argsort(descending=True, stable=True)[:top].tolist(), 1):
