@@ -412,7 +412,7 @@ def show_bench(rows: list):
     for why, cases in missing.items(): print(f"\n{why[0].upper()}{why[1:]}."); print("\n".join(f"  {case}" for case in cases))
 
 # %% ../../nbs/lab/bench.ipynb #6c903c89
-BENCHES = ("scenes", "decoder", "generator", "retrieval")
+BENCHES = ("scenes", "decoder", "generator", "classifier", "retrieval")
 ELSEWHERE = {"retrieval": "bench_retrieval:run_bench"}  # benches with a module of their own: called with the verb and the command
 GPU_SIZES = {"decoder": "M", "generator": "1B"}
 STEPS = {"decoder": (1, 8), "generator": (8,)}
@@ -420,8 +420,8 @@ STEPS = {"decoder": (1, 8), "generator": (8,)}
 
 @dataclass
 class Bench:
-    "Measure speed on this machine."
-    name: str  # scenes, decoder, generator or retrieval
+    "Measure speed on this machine; of the classifier: accuracy against network calls."
+    name: str  # scenes, decoder, generator, classifier or retrieval
     seconds: float = 3.0  # of measuring, each case
     json: Optional[Path] = None  # file for the rows; - prints them
     size: Optional[str] = None  # tiny, small; decoder also S, B, M, L, XL, H at 256 pixels, generator also 1B; default tiny, on a GPU M and 1B; retrieval: numbers of captions with commas between
@@ -434,18 +434,39 @@ class Bench:
     limit: float = 600.0  # seconds after which a case is given up
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
+    difficulty: str = "close"  # of the classifier's items: close, crowd-100 or crowd-1000
+    items: Optional[int] = None  # pictures; default 500, 60 and 12
+    samples: Optional[int] = None  # of the exhaustive schedule; default 256, 64 and 32
+    models: str = "generator"  # read as classifiers, with commas between them: generator, generator-decoupled, generator-repa
+    errors: Optional[Path] = None  # folder that keeps every error: a run that was stopped goes on there
+    precision: str = "auto"  # of the classifier's network: fp32, bf16, or auto: bf16 where the machine multiplies it
+    seed: int = 0  # of the classifier's items
 
     def __call__(self, command):
         if self.name in ELSEWHERE: return call_elsewhere(self, command)
         from vugen.lab.cli import Counter, check_target, pick_device, run_record, show_rows, write_json
         check_bench(self); check_target(self.json)
         device = "cpu" if self.name == "scenes" else pick_device(self.device)
+        if self.name == "classifier": return _classifier(self, command, device, Counter())
         run = run_record(command, device=device, **({"weights": self.weights, "threads": self.threads} if self.name != "scenes" else {}))
         save = lambda rows: write_json(self.json, {"device": run["hardware"], "run": run, "rows": rows})
         early = save if self.json and str(self.json) != "-" else lambda rows: None
         rows = bench_rows(self, str(device), Counter(), early) if self.name != "scenes" else _scenes(self.seconds)
         if self.json: save(rows)
         if str(self.json) != "-": show_rows(rows) if self.name == "scenes" else show_bench(rows)
+
+
+def _classifier(verb, command, device, progress):
+    "Measure, save after each model, show"
+    from vugen.evaluate.records import run_record
+    from vugen.lab.bench_classifier import classifier_bench, model_names, setting_of, show_classifier
+    from vugen.lab.cli import root_of, write_json
+    root, setting = root_of(verb.root), setting_of(verb)
+    run = run_record(command, verb.seed, root, device, difficulty=verb.difficulty, items=setting.items, samples=setting.samples, models=model_names(verb.models))
+    save = lambda rows: write_json(verb.json, {"device": run["hardware"], "run": run, "rows": rows})
+    rows = classifier_bench(verb, str(device), progress, save if verb.json and str(verb.json) != "-" else lambda rows: None)
+    if verb.json: save(rows)
+    if str(verb.json) != "-": show_classifier(rows)
 
 
 def call_elsewhere(verb, command):  # Bench
@@ -469,9 +490,15 @@ def check_bench(verb: Bench):
     check_number("--seconds", verb.seconds, 0.001, 3600); check_number("--limit", verb.limit, 1); check_number("--threads", verb.threads, 1, 1024)
     for batch in verb.batches: check_number("--batches", batch, 1, 4096)
     for steps in verb.steps: check_number("--steps", steps, 1, MOST_STEPS)
+    if verb.name == "classifier": _check_classifier(verb)
     if not verb.batches: raise UserError("--batches is empty: give at least one number.")
     for option, value, known in (("--weights", verb.weights, ("auto", "random", "embedded")), ("--compile-mode", verb.compile_mode, MODES)):
         if value not in known: raise UserError(f"{option} is {value!r}: choose one of {', '.join(known)}.")
+
+
+def _check_classifier(verb):
+    from vugen.lab.bench_classifier import check_classifier
+    check_classifier(verb)
 
 
 def bench_rows(verb: Bench,

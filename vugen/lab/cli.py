@@ -807,7 +807,7 @@ def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
 # %% ../../nbs/lab/cli.ipynb #a0430a91
 def command_of(words):
     "The command for a record: option values that are folders or files of this machine are left out."
-    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints"}, [], False
+    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints", "--errors"}, [], False
     for word in words:
         if not skip and word not in hidden and not word.startswith(tuple(f"{option}=" for option in hidden)): kept.append(word)
         skip = word in hidden

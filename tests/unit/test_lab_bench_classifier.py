@@ -1,0 +1,137 @@
+"The bench of the classifier: arithmetic by hand, intervals against simulation, and a run on four items that resumes without a network."
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vugen.errors import UserError
+from vugen.lab import bench_classifier
+from vugen.lab.bench import Bench
+from vugen.lab.bench_classifier import (Outcome, SETTINGS, bench_items, bench_schedules, cheapest, classifier_bench, classifier_table, crossed_sharpness, item_plan, one_sample_row,
+                                        outcome_rows, paired_difference, published_row, replay_schedules, schedule_seconds)
+from vugen.lab.cli import main
+from vugen.understand.error_store import ErrorStore
+
+
+def made_up(items, candidates=2, samples=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(candidates, samples, generator=generator, dtype=torch.float64) + torch.arange(candidates)[:, None].clamp(max=1) for _ in range(items)]
+
+
+# arithmetic
+
+def test_rows_by_hand():
+    full = Outcome("exhaustive", "exhaustive", winners=[0, 0, 1, 0], calls=[20] * 4, rounds=[1] * 4, decided=[True] * 4)
+    staged = Outcome("Li's stages", "Li's stages, nested", winners=[0, 0, 0, 0], calls=[10] * 4, rounds=[2] * 4, decided=[True] * 4)
+    race = Outcome("racing", "racing 0.1", .1, winners=[0, None, 1, 1], calls=[2, 4, 4, 6], rounds=[1, 2, 2, 3], decided=[True, True, True, False])
+    for each in (full, staged, race): each.samples.update([1, 3])
+    rows = outcome_rows([full, staged, race], [0, 0, 0, 0], {"difficulty": "close", "model": "generator"}, tokens=64, flops=1e9, batches={1: .1, 2: .15})
+    found = {row["metric"]: row for row in rows if row["schedule"] == "racing 0.1"}
+    assert found["accuracy"]["value"] == .25 and found["accuracy less exhaustive"]["value"] == -.5 and found["other winner than exhaustive"]["value"] == .5
+    assert found["calls an item"]["value"] == 4 and found["calls an item"]["ratio_to"] == {"exhaustive": 5, "Li's stages, nested": 2.5}
+    assert found["tokens an item"]["value"] == 256 and found["GFLOP an item"]["value"] == 4 and found["rounds an item"]["value"] == 2
+    assert found["seconds an item, alone"]["value"] == pytest.approx(.3) and found["seconds an item, many at a time"]["value"] == pytest.approx(.3)
+    assert found["decided before the budget"]["value"] == .75 and found["samples a candidate"]["histogram"] == {"1": 1, "3": 1}
+    assert found["fewer calls than exhaustive"]["value"] == 5 and found["fewer calls than exhaustive"]["low"] <= 5 <= found["fewer calls than exhaustive"]["high"]
+
+
+def test_cheapest_is_the_fewest_calls_within_the_loss():
+    rows = [{"schedule": name, "family": family, "metric": metric, "value": value} for name, family, lost, calls in (("a", "x", 0., 100.), ("b", "x", -.01, 10.), ("c", "y", -.02, 1.))
+            for metric, value in (("accuracy less exhaustive", lost), ("calls an item", calls))]
+    assert cheapest(rows)["schedule"] == "b" and cheapest(rows, .03)["schedule"] == "c" and cheapest(rows, .01, "y") is None
+
+
+def test_one_sample_by_hand():
+    table = torch.tensor([[1., 5., 2.], [2., 4., 2.], [3., 6., 9.]])
+    assert one_sample_row([table], [0], {"difficulty": "d", "model": "m"})["value"] == pytest.approx(1 / 3)  # the third is a tie
+    assert one_sample_row([table], [1], {"difficulty": "d", "model": "m"})["value"] == pytest.approx(1 / 3)
+
+
+def test_published_budgets():
+    calls = [published_row({"difficulty": "d", "candidates": count})["value"] for count in (2, 100, 1000)]
+    assert calls == [2000, 100 * 50 + 50 * 100 + 10 * 400, 124_500]
+
+
+def test_the_interval_of_a_paired_difference_covers():
+    draw, covered = np.random.default_rng(0), []
+    for _ in range(600):
+        both = draw.choice(4, 120, p=[.7, .04, .08, .18])  # both right, only before, only after, none
+        found = paired_difference(np.isin(both, (0, 1)), np.isin(both, (0, 2)))
+        covered.append(found.low <= .04 <= found.high)
+    assert .93 <= np.mean(covered) <= .985
+    assert paired_difference([True] * 10, [False] * 10).value == -1 and paired_difference([True] * 500, [True] * 500).high < .01
+
+
+def test_seconds_between_measured_batches():
+    batches = {1: 1., 4: 2.5, 16: 4.}
+    assert schedule_seconds(6, 6, batches) == (6, 1.5) and schedule_seconds(20, 5, batches)[0] == pytest.approx(12.5) and schedule_seconds(64, 1, batches)[0] == 16
+
+
+# replays
+
+def test_the_sharpness_of_an_item_is_fitted_on_others():
+    tables = made_up(6)
+    plain = crossed_sharpness(tables)
+    assert plain[0] == plain[2] != plain[1] == plain[3]
+    changed = crossed_sharpness([tables[0] * 3, *tables[1:]])
+    assert changed[0] == plain[0] and changed[1] != plain[1]
+    with pytest.raises(UserError, match="2 or more"): crossed_sharpness(tables[:1])
+
+
+@pytest.mark.parametrize("candidates, samples", [(2, 2), (2, 32), (7, 16), (100, 8)])
+def test_all_schedules_replay_on_every_size(candidates, samples):
+    tables = made_up(4, candidates, samples)
+    outcomes = replay_schedules(tables, [torch.linspace(0, 1, samples)] * 4, [1.] * 4)
+    assert outcomes[0].name == "exhaustive" and outcomes[0].winners == [int(table.mean(1).argmin()) for table in tables]
+    assert len({outcome.name for outcome in outcomes}) == len(outcomes) and all(len(outcome.calls) == 4 for outcome in outcomes) and all(max(outcome.calls) <= candidates * samples for outcome in outcomes)
+    assert all(sum(outcome.samples.values()) == 4 * candidates for outcome in outcomes)
+    assert {outcome.family for outcome in outcomes} >= {"exhaustive", "Li's stages", "racing", "posterior"} and bench_schedules(candidates, samples, 1.)
+
+
+def test_plans_differ_between_items_and_keep_to_the_range():
+    plans = [item_plan(SETTINGS["close"], "generator-decoupled", number) for number in range(3)]
+    assert all(.1 <= float(plan.times.min()) and float(plan.times.max()) <= .7 for plan in plans) and plans[0].seed != plans[1].seed
+
+
+# the whole measurement
+
+def test_a_small_run_and_its_resumption(tmp_path, capsys, monkeypatch):
+    words = ["bench", "classifier", "--items", "4", "--samples", "4", "--errors", str(tmp_path / "store"), "--json"]
+    with pytest.raises(SystemExit) as done: main([*words, str(tmp_path / "rows.json")])
+    assert done.value.code == 0
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert set(found) == {"device", "run", "rows"} and all({"case", "metric", "value", "unit", "ratio_to"} <= set(row) for row in found["rows"])
+    assert found["run"]["items"] == 4 and str(tmp_path) not in json.dumps(found) and "exhaustive" in capsys.readouterr().out
+    assert [row["value"] for row in found["rows"] if row["metric"] == "calls computed now"] == [32]
+    store = ErrorStore(tmp_path / "store")
+    assert len(store) == 32 and len(store.items) == 4
+    with pytest.raises(SystemExit) as done: main([*words, str(tmp_path / "again.json")])
+    again = json.loads((tmp_path / "again.json").read_text())
+    kept = lambda rows: [(row["case"], row["metric"], row["value"]) for row in rows if "econds" not in row["metric"] and "computed" not in row["metric"]]
+    assert [row["value"] for row in again["rows"] if row["metric"] == "calls computed now"] == [0] and kept(again["rows"]) == kept(found["rows"])
+    assert len(classifier_table(found["rows"])) == len({row["schedule"] for row in found["rows"] if "schedule" in row})
+
+
+def test_the_table_is_the_networks_own():
+    "The exhaustive schedule of the bench against errors computed directly"
+    from vugen.understand.diffusion_classifier import denoising_errors
+    from vugen.understand.scorers import Parts
+    parts, setting = Parts(), SETTINGS["close"].__class__(2, 4, (.2, .8), (.2, .8))
+    items, denoiser = bench_items("close", 2, parts.world), bench_classifier.load_denoiser(parts, "generator", "fp32")
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder: tables, times, spent = bench_classifier.stored_tables(ErrorStore(folder), denoiser, items, setting)
+    plan = item_plan(setting, "generator", 1)
+    direct = denoising_errors(parts.generator.velocity, parts.generator.encode_images(items[1].pixels()[None]), list(items[1].captions), plan.times.float(), plan.noises(denoiser.shape), parts.generator.prompt_cache)
+    assert torch.allclose(tables[1].float(), direct[0], rtol=1e-3) and spent.calls == 16 and torch.equal(times[1], plan.times)
+
+
+@pytest.mark.parametrize("words, said", [(dict(difficulty="far"), "no difficulty"), (dict(items=1), "--items"), (dict(models="vae"), "no model 'vae'"), (dict(models=" "), "no model"),
+                                         (dict(precision="fp8"), "--precision"), (dict(samples=0), "--samples"), (dict(models="generator-repa"), "holds no generator-repa")])
+def test_mistakes_are_one_sentence(words, said):
+    with pytest.raises(UserError, match=said): classifier_bench(Bench("classifier", **words))
+
+
+def test_a_store_that_is_a_file(tmp_path):
+    (tmp_path / "store").write_text("")
+    with pytest.raises(UserError, match="is a file"): classifier_bench(Bench("classifier", errors=tmp_path / "store"))
