@@ -18,6 +18,7 @@ from vugen.understand.denoisers import Cost
 from vugen.understand.retrieval import (CaptionIndex, CaptionSpace, chance_recall, choice_loss, complete_captions, denoiser_of, distinct_captions, embed_captions, embed_images, embed_to_folder,
                                         engine_path, fit_weight, gallery, hits_of, import_faiss, measure_retrieval, mixed_scores, nested_plan, pareto, plain_caption, query_gflops, read_captions,
                                         relevant_rows, rerank, retrieve_pictures, shortlist_errors, shuffled, things_of)
+from vugen.understand.schedules import Racing
 from vugen.understand.scorers import Parts, PerfectScorer, RandomScorer, load_scorers
 
 TINY = World(shapes=("circle", "star"), colors=("red", "blue"), relations=("left of", "below", "inside"))
@@ -393,10 +394,14 @@ def test_a_fixed_budget_and_a_schedule():
     assert rerank(Table(errors), cosines, 1).order.tolist() == [2, 1, 0] and rerank(Table(errors), cosines).order.tolist() == [0, 1, 2]
     assert rerank(Table(errors), cosines, 1, weight=0.0).order.tolist() == [0, 2, 1] and rerank(Table(errors), cosines, 1).cost.calls == 3
 
-    class First:
-        def __init__(self, source): self.winner = source.errors(torch.arange(3), torch.arange(1)).argmin()
-    early = rerank(Table(errors), cosines, decide=First)
-    assert early.order.tolist() == [2, 0, 1] and early.cost.calls == 3
+
+def test_a_race_spends_less_and_finds_the_same():
+    generator = torch.Generator().manual_seed(0)
+    errors = 3 * torch.arange(6.)[:, None] + 5 * torch.rand(1, 40, generator=generator) + .5 * torch.randn(6, 40, generator=generator)  # paired: what a sample adds, it adds to all
+    source = Table(errors)
+    early = rerank(source, torch.zeros(6), decide=Racing(0.05).decide)
+    assert early.order[0] == 0 and early.cost.calls < 120 and sorted(early.order.tolist()) == list(range(6))
+    assert rerank(Table(errors), torch.zeros(6)).order.tolist() == list(range(6))
 
 
 def test_costs_add_up():
@@ -421,6 +426,7 @@ def test_the_hybrid_beats_the_search_and_stays_below_the_cap(parts, tmp_path):
         row = value("recall@1", category=category, shortlist=k, budget=budget)
         assert row["n"] == 18 and row["calls"] == k * budget and (k > 2 or row["value"] <= cap) and row["low"] <= row["value"] <= row["high"]
     assert value("recall@1", category="denoising", shortlist=6, budget=2)["value"] > search
+    assert value("recall@1", category="denoising, racing 0.05", shortlist=6)["calls"] <= 12
     assert found["run"]["cost"]["calls"] == 24 * 6 * 2 and json.dumps(found) and str(tmp_path) not in json.dumps(found)
     again = measure_retrieval(parts, 24, 4600, shortlists=(2, 6), budgets=(1, 2), folder=tmp_path)
     assert again["rows"] == found["rows"] and again["run"]["cost"]["calls"] == 0  # everything came from the folder

@@ -517,6 +517,7 @@ class Retrieve:
     index: str = "flat"  # flat, ivf or hnsw
     shortlist: tuple[int, ...] = (30,)  # K captions that are read again; with --scenes several numbers
     budget: tuple[int, ...] = (4,)  # B samples a caption; with --scenes several numbers
+    race: Optional[float] = 0.05  # with --scenes: level of a race with at most the largest budget
     scorer: str = "denoising"  # that reads the shortlist again
     encoder: str = "contrastive"  # whose vectors are searched
     weight: Optional[float] = None  # rank pictures' captions by cosine + weight · score; default by the score alone
@@ -537,10 +538,10 @@ class Retrieve:
         root, device = root_of(self.root), pick_device(self.device)
         options = {name: value for name in ("nlist", "nprobe", "neighbors", "ef_search") if (value := getattr(self, name)) is not None}
         captions = int(self.captions) if self.captions.isdigit() else Path(self.captions)
-        command = command if isinstance(captions, int) else command.replace(self.captions, captions.name)
+        for path in (*self.images, *(() if isinstance(captions, int) else (captions,))): command = command.replace(str(path), path.name)
         if self.scenes is None: return retrieve_files(self, captions, options, root, device, command)
         from vugen.understand.retrieval import measure_retrieval
-        found = measure_retrieval(root, self.scenes, captions, self.index, options, self.shortlist, self.budget, self.scorer, self.encoder, self.things, self.out, self.seed, device, Counter(), command)
+        found = measure_retrieval(root, self.scenes, captions, self.index, options, self.shortlist, self.budget, self.race, self.scorer, self.encoder, self.things, self.out, self.seed, device, Counter(), command)
         if self.json: write_json(self.json, found)
         if self.out: save_figures(found["rows"], self.out)
         if str(self.json) != "-": show_rows(retrieval_table(found["rows"]))
@@ -553,7 +554,7 @@ def check_retrieve(verb):  # Retrieve
     for k in verb.shortlist: check_number("--shortlist", k, 1)
     for budget in verb.budget: check_number("--budget", budget, 1, 1_000_000)
     for many in verb.things: check_number("--things", many, 1, 6)
-    check_number("--weight", verb.weight, 0)
+    check_number("--weight", verb.weight, 0); check_number("--race", verb.race, 1e-9, 1 - 1e-9)
     if verb.scenes is None and not verb.images: raise UserError("There is no picture: name files or folders, or measure on scenes with --scenes 200.")
     if verb.scenes is not None and verb.images: raise UserError("Pictures and --scenes are two questions: give one of them.")
     if verb.scenes is None and not len(verb.shortlist) == len(verb.budget) == 1: raise UserError("Pictures are read with one shortlist and one budget: give one number of each.")

@@ -29,6 +29,7 @@ from ..paths import atomic_path, cache_dir
 from .denoisers import Cost, Denoiser, GeneratorDenoiser, call_flops, counted_flops
 from .diffusion_classifier import SamplePlan, van_der_corput
 from .error_store import ClassifierItem, ErrorStore, StoredErrors, fill, picture_digest, snapped
+from .schedules import Racing, TableErrors
 from .scorers import Parts, load_scorers, reading
 
 # %% auto #0
@@ -39,7 +40,7 @@ __all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'DEPTHS', 'things_of', 
            'build_engine', 'Found', 'CaptionIndex', 'engine_path', 'write_engine', 'read_engine', 'search', 'hits_of',
            'chance_recall', 'recall_row', 'nested_plan', 'mixed_scores', 'choice_loss', 'fit_weight', 'Reranked',
            'rerank', 'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto', 'groups_of',
-           'shortlist_rows', 'hybrid_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
+           'shortlist_rows', 'hybrid_rows', 'race_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
            'open_gallery', 'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
 
 # %% ../../nbs/understand/retrieval.ipynb #9aa45e80
@@ -587,7 +588,7 @@ def fit_weight(
 class Reranked(NamedTuple):
     "A shortlist in its final order"
     order: torch.Tensor  # [K] int64, places in the shortlist, best first
-    scores: torch.Tensor  # [K] float64 in the order of the shortlist; -inf for a candidate that lost before the end
+    scores: torch.Tensor  # [K] float64 in the order of the shortlist; not a number for a candidate that was never read
     cost: Cost
 
 def rerank(
@@ -595,13 +596,13 @@ def rerank(
     cosines: torch.Tensor,  # [K]
     budget: int | None = None,  # B; all samples of the source if not given
     weight: float = math.inf,  # λ, see `mixed_scores`
-    decide: Callable | None = None,  # a schedule instead of a fixed budget: source → something with a `winner`
+    decide: Callable | None = None,  # a schedule instead of a fixed budget, such as `Racing().decide`: source → `Decision`
 ) -> Reranked:
-    "Read a shortlist again. A schedule that stops early names a winner; the others follow by cosine."
+    "Read a shortlist again. Under a schedule, who stayed in longer stands before who was dropped, and the mean error orders the rest."
     if decide is not None:
-        winner = int(decide(source).winner)
-        scores = torch.full((source.candidates,), -math.inf, dtype=torch.float64).index_fill(0, torch.tensor([winner]), 0.0)
-        return Reranked((cosines.double() + 3.0 * torch.isfinite(scores)).argsort(descending=True, stable=True), scores, getattr(source, "cost", Cost()))
+        decision = decide(source)
+        order = np.lexsort((decision.means.numpy(), -decision.samples_per_candidate.numpy()))
+        return Reranked(torch.from_numpy(order), -decision.means, getattr(source, "cost", Cost()))
     samples = torch.arange(min(budget or source.samples, source.samples))
     scores = mixed_scores(cosines, source.errors(torch.arange(source.candidates), samples), None, weight)
     return Reranked(scores.argsort(descending=True, stable=True), scores, getattr(source, "cost", Cost()))
@@ -728,6 +729,29 @@ def hybrid_rows(
             rows += _hybrid(told, relevant, scenes, held_in, len(index), {**labels, "category": category}, more)
     return rows
 
+def race_rows(
+    found: Found,
+    errors: torch.Tensor,  # [Q, K, B], replayed: what the race does not ask for counts for nothing
+    relevant: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    scenes: Sequence[Scene],
+    held_in: int,
+    index: CaptionIndex,
+    shortlists: Sequence[int],  # K
+    schedule,  # has `name` and `decide`, such as `Racing()`
+    name: str = "denoising",
+    **labels,
+) -> list[dict]:
+    "Recall@1 where a schedule decides how many samples each candidate gets, at most B"
+    rows, hits, right = [], hits_of(found.ids, relevant), hits_of(found.ids, exact)
+    for k in shortlists:
+        decisions = [schedule.decide(TableErrors(mine[:k])) for mine in errors]
+        top = torch.tensor([[int(np.lexsort((each.means.numpy(), -each.samples_per_candidate.numpy()))[0])] for each in decisions])
+        calls = sum(each.calls for each in decisions[held_in:]) / len(decisions[held_in:])
+        told = {"recall@1": hits.gather(1, top), "exact recall@1": right.gather(1, top)}
+        rows += _hybrid(told, relevant, scenes, held_in, len(index), {**labels, "category": f"{name}, {schedule.name}"}, {"shortlist": k, "budget": calls / k, "calls": calls, "weight": None})
+    return rows
+
 def _hybrid(told, relevant, scenes, held_in, count, labels, more):
     rows, groups = [], groups_of(scenes[held_in:])
     for (group, places), (metric, right) in product(groups.items(), told.items()):
@@ -781,15 +805,17 @@ def pareto_figure(
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(5.4, 3.4), dpi=80, layout="constrained")
     points = [row for row in _shown(rows, group, "recall") if row["metric"] == "recall@1"]
+    raced = [row for row in points if "racing" in row["category"]]
     mixed = [row for row in points if row["budget"] and row["category"].startswith("cosine")]
     for number, k in enumerate(dict.fromkeys(row["shortlist"] for row in mixed)):
-        for line, style in (([row for row in mixed if row["shortlist"] == k], "-"), ([row for row in points if row["budget"] and row not in mixed and row["shortlist"] == k], ":")):
-            axis.plot([row["gflops"] for row in line], [row["value"] for row in line], style, marker="o", markersize=3, color=f"C{number}", label=f"K = {k}" if style == "-" else None)
+        for line, style in (([row for row in mixed if row["shortlist"] == k], "-"), ([row for row in points if row["budget"] and row not in mixed + raced and row["shortlist"] == k], ":"), ([row for row in raced if row["shortlist"] == k], "x")):
+            marks = {"linestyle": "", "marker": "x", "markersize": 6} if style == "x" else {"linestyle": style, "marker": "o", "markersize": 3}
+            axis.plot([row["gflops"] for row in line], [row["value"] for row in line], color=f"C{number}", label=f"K = {k}" if style == "-" else None, **marks)
     for row in points:
         if not row["budget"]: axis.errorbar(row["gflops"], row["value"], [[row["value"] - row["low"]], [row["high"] - row["value"]]], marker="s", color="black", capsize=2, label="search alone")
     front = sorted((row["gflops"], row["value"]) for row in points if row["front"])
     axis.step(*zip(*front), where="post", color="0.3", linewidth=.8, label="front")
-    axis.set(xscale="log", xlabel="GFLOP a query", ylabel="recall@1", title=f"{group}; solid: cosine + denoising, dotted: denoising alone")
+    axis.set(xscale="log", xlabel="GFLOP a query", ylabel="recall@1", title=f"{group}; solid: cosine + denoising, dotted: denoising alone, crosses: raced")
     axis.title.set_fontsize(8); axis.legend(fontsize=7)
     return figure
 
@@ -829,6 +855,7 @@ def measure_retrieval(
     options: dict | None = None,  # of the index
     shortlists: Sequence[int] = (10, 30, 100),  # K
     budgets: Sequence[int] = (1, 2, 4),  # B
+    race: float | None = 0.05,  # level of a race with at most the largest B, see `race_rows`; none is without
     scorer: str = "denoising",
     encoder: str = "contrastive",  # a scorer with two towers
     things: Sequence[int] = (),  # numbers of things in a scene, equally often; default: as the world has them
@@ -859,6 +886,7 @@ def measure_retrieval(
     labels = {"suite": f"{len(index):,} captions"}
     rows = shortlist_rows(found, relevant, exact, scenes, len(index), [k for k in DEPTHS if k <= len(index)], number // 4, category=kind, **labels)
     rows += hybrid_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, budgets, scorer, **labels)
+    if race and errors.shape[2] > 1: rows += race_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, Racing(race), scorer, **labels)
     flops = flops_of_parts(model, queries.shape[1], second, images[0].to(device), short[0][0])
     rows = with_front(rows, flops, found.comparisons)
     about = {"index": {"kind": kind, **index.options, "captions": len(index), "dim": queries.shape[1], "comparisons": found.comparisons}, "scorer": scorer, "encoder": encoder, "held_in": number // 4,
