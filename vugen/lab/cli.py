@@ -518,8 +518,8 @@ class Retrieve:
     shortlist: tuple[int, ...] = (30,)  # K captions that are read again; with --scenes several numbers
     budget: tuple[int, ...] = (4,)  # B samples a caption; with --scenes several numbers
     race: Optional[float] = 0.05  # with --scenes: level of a race with at most the largest budget
-    scorer: str = "denoising"  # that reads the shortlist again
-    encoder: str = "contrastive"  # whose vectors are searched
+    scorer: str = "denoising"  # that reads the shortlist again, such as denoising or diffusion:FOLDER
+    encoder: str = "contrastive"  # whose vectors are searched, such as contrastive, lit or clip:FOLDER
     weight: Optional[float] = None  # rank pictures' captions by cosine + weight · score; default by the score alone
     top: int = 5  # captions told of each picture
     things: tuple[int, ...] = ()  # with --scenes: numbers of things in them, 1 to 6; default as the world has them
@@ -568,13 +568,12 @@ def picture_paths(paths):  # files and folders
 def retrieve_files(verb, captions, options, root, device, command):  # Retrieve; number or file; of the index
     "The captions of picture files."
     from vugen.data.images import to_tensor
-    from vugen.understand.retrieval import check_kind, check_shortlists, gallery, open_gallery, read_captions, retrieve_pictures, two_towers
+    from vugen.understand.retrieval import check_kind, check_shortlists, gallery, load_pair, open_gallery, read_captions, retrieve_pictures
     from vugen.understand.scorers import world_of
     paths = picture_paths(verb.images)
     pictures, texts = read_pictures(paths), gallery(world_of(root), captions) if isinstance(captions, int) else read_captions(captions)
     check_kind(verb.index, options); check_shortlists(verb.shortlist, verb.budget, len(texts))
-    scorers, counter = place_scorers(root, list(dict.fromkeys([verb.encoder, verb.scorer])), device, verb.seed), Counter()
-    encoder, scorer = two_towers(scorers[verb.encoder]), scorers[verb.scorer]
+    (encoder, scorer), counter = load_pair(root, verb.encoder, verb.scorer, device), Counter()
     index = open_gallery(encoder, texts, verb.out, counter).use(verb.index, counter, **options)
     images = [to_tensor(picture, seen_size(picture, world_size(root)))[0].to(device) for picture in pictures]
     rows = retrieve_pictures(index, encoder, scorer, images, unique_names([path.name for path in paths]), verb.shortlist[0], verb.budget[0], float("inf") if verb.weight is None else verb.weight, verb.top, verb.seed, counter)

@@ -41,7 +41,7 @@ __all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'DEPTHS', 'things_of', 
            'chance_recall', 'recall_row', 'nested_plan', 'mixed_scores', 'choice_loss', 'fit_weight', 'Reranked',
            'rerank', 'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto', 'groups_of',
            'shortlist_rows', 'hybrid_rows', 'race_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
-           'open_gallery', 'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
+           'load_pair', 'open_gallery', 'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
 
 # %% ../../nbs/understand/retrieval.ipynb #9aa45e80
 def things_of(
@@ -610,8 +610,9 @@ def rerank(
 # %% ../../nbs/understand/retrieval.ipynb #3fdbe269
 def denoiser_of(scorer) -> Denoiser | None:
     "The network behind a denoising scorer; none for other scorers"
-    if (own := getattr(scorer, "denoiser", None)) is not None: return own
-    return GeneratorDenoiser(scorer.generator, scorer.name) if hasattr(getattr(scorer, "generator", None), "prompt_cache") else None
+    model = getattr(scorer, "generator", None)
+    if isinstance(model, Denoiser): return model
+    return GeneratorDenoiser(model, scorer.name) if hasattr(model, "prompt_cache") else None
 
 def shortlist_errors(
     scorer,  # any `Scorer`, a `DenoisingScorer` among them
@@ -822,9 +823,20 @@ def pareto_figure(
 # %% ../../nbs/understand/retrieval.ipynb #f0b4473e
 def two_towers(scorer):
     "The model of a scorer that gives pictures and captions vectors of one space"
-    model = getattr(scorer, "model", scorer)
-    if hasattr(model, "encode_text") and hasattr(model, "encode_image"): return model
+    for model in (scorer, getattr(scorer, "model", None)):
+        if hasattr(model, "encode_text") and hasattr(model, "encode_image"): return model
     raise UserError(f"The scorer {getattr(scorer, 'name', '?')!r} gives captions no vectors that could be searched: choose contrastive or another with two towers.")
+
+def load_pair(
+    root: str | Path | Parts | None,  # folder of checkpoints
+    encoder: str,  # name of a scorer with two towers
+    scorer: str,  # name of any scorer
+    device: str | torch.device = "cpu",
+) -> tuple:  # what is searched with, and what reads again
+    "The two models of a hybrid"
+    names = list(dict.fromkeys([encoder, scorer]))
+    loaded = dict(zip(names, load_scorers(root, names, device).values(), strict=True))  # tables may call them otherwise
+    return two_towers(loaded[encoder]), loaded[scorer]
 
 def open_gallery(
     encoder,  # with two towers
@@ -872,8 +884,7 @@ def measure_retrieval(
     scenes = sample_scenes(world, seed, range(number))
     texts = gallery(world, captions, scenes) if isinstance(captions, int) else read_captions(captions)
     check_kind(kind, options or {}); check_shortlists(shortlists, budgets, len(texts))
-    loaded = load_scorers(parts, list(dict.fromkeys([encoder, scorer])), device)
-    model, second = two_towers(loaded[encoder]), loaded[scorer]
+    model, second = load_pair(parts, encoder, scorer, device)
     if denoiser_of(second) is None: budgets = (1,)  # it answers once
     images = torch.cat([batch(world, seed, range(start, min(start + 64, number)))["images"] for start in range(0, number, 64)])
     index = open_gallery(model, texts, folder, progress).use(kind, progress, **(options or {}))
