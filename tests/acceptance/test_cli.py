@@ -150,6 +150,34 @@ def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     assert "contrastive ViT, attention on the tokens: 20/20" in shown and "contrastive ViT, untrained, pictures: 105/105" in shown
 
 
+def test_retrieve_names_the_captions_of_pictures(smoke, picture, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"): shutil.copy(picture, tmp_path / "pictures" / name)
+    words = "--shortlist", 6, "--budget", 2, "--top", 3, "--json", tmp_path / "rows.json", "--out", tmp_path / "index"
+    assert call("retrieve", picture, tmp_path / "pictures", "--captions", 300, *words, "--root", smoke) == 0
+    shown, found = capsys.readouterr(), json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["images"], row["rank"]) for row in found["rows"]] == [(name, rank) for name in ("scene.png", "a.png", "b.png") for rank in (1, 2, 3)]
+    assert all(row["category"] in shown.out for row in found["rows"]) and "embedding captions: 300/300" in shown.err and str(tmp_path) not in json.dumps(found)
+    same = [[row["category"] for row in found["rows"] if row["images"] == name] for name in ("scene.png", "a.png")]
+    assert same[0] == same[1]
+    assert call("retrieve", picture, "--captions", 300, *words, "--root", smoke) == 0 and "embedding" not in capsys.readouterr().err  # the vectors lie there
+    assert call("retrieve", picture, "--captions", 300, *words) == 2 and "another model" in capsys.readouterr().err  # the embedded checkpoints
+    (tmp_path / "mine.txt").write_text("a red circle\na blue star\n")
+    assert call("retrieve", picture, "--captions", tmp_path / "mine.txt", "--shortlist", 2, "--scorer", "likelihood", "--index", "hnsw", "--out", tmp_path / "other", "--json", tmp_path / "two.json", "--root", smoke) == 0
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert {row["category"] for row in two["rows"]} == {"a red circle", "a blue star"} and "mine.txt" in two["run"]["command"] and str(tmp_path) not in json.dumps(two)
+
+
+def test_retrieve_measures_itself_on_scenes(smoke, tmp_path, capsys):
+    line = "retrieve", "--scenes", 8, "--captions", 300, "--index", "ivf", "--shortlist", 3, 6, "--budget", 1, 2, "--things", 2, 3, "--out", tmp_path / "index", "--json", tmp_path / "rows.json", "--root", smoke
+    assert call(*line) == 0
+    shown, found = capsys.readouterr(), json.loads((tmp_path / "rows.json").read_text())
+    assert {"images", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0]) and "versions" in found["run"] and str(tmp_path) not in json.dumps(found)
+    assert {row["metric"] for row in found["rows"]} >= {"recall@1", "recall@100", "exact recall@10", "true@1"} and {row["n"] for row in found["rows"] if row["images"] == "all"} == {6}
+    assert all((tmp_path / "index" / name).read_bytes()[:4] == b"\x89PNG" for name in ("recall.png", "pareto.png")) and "re-ranking: 96/96" in shown.err
+    assert call(*line) == 0 and json.loads((tmp_path / "rows.json").read_text())["rows"] == found["rows"] and "embedding" not in capsys.readouterr().err
+
+
 def test_evaluate_judges_generated_pictures_and_compares_folders(smoke, tmp_path, capsys):
     assert call("generate", PROMPT, "a green star", "--steps", 2, "--out", tmp_path / "drawn", "--root", smoke) == 0
     assert call("evaluate", tmp_path / "drawn", "--reference", tmp_path / "drawn", "--json", tmp_path / "rows.json", "--root", smoke) == 0
@@ -230,6 +258,8 @@ def bad(tmp_path_factory, picture, smoke):
     (folder / "truncated.png").write_bytes(picture.read_bytes()[:120])
     (folder / "empty.png").write_bytes(b"")
     (folder / "words.png").write_text("not a picture")
+    (folder / "blank.txt").write_text("\n \n")
+    (folder / "zoo.txt").write_text("a zebra\na red circle\n")
     for name in ("missing", "truncated", "foreign", "garbled"): shutil.copytree(smoke, folder / name)
     (folder / "missing/generator/model.safetensors").unlink()
     weights = folder / "truncated/generator/model.safetensors"
@@ -314,6 +344,26 @@ MISTAKES = {
     "stage before it missing": ("train decoder --preset smoke --root {out}", "contrastive"),
     "no such folder": ("evaluate {bad}/none --root {smoke}", "none"),
     "folder without prompts": ("evaluate {bad}/nothing --root {smoke}", "generate.json"),
+    "no picture to find captions for": ("retrieve --root {smoke}", "picture"),
+    "truncated image, retrieve": ("retrieve {bad}/truncated.png --captions 200 --out {out} --root {smoke}", "truncated.png"),
+    "folder without pictures": ("retrieve {bad}/nothing --captions 200 --out {out} --root {smoke}", "nothing"),
+    "blank captions": ("retrieve {picture} --captions {bad}/blank.txt --out {out} --root {smoke}", "blank.txt"),
+    "no such captions": ("retrieve {picture} --captions {bad}/none.txt --out {out} --root {smoke}", "none.txt"),
+    "captions that the tower cannot read": ("retrieve {picture} --captions {bad}/zoo.txt --shortlist 1 --out {out} --root {smoke}", "zebra"),
+    "no captions": ("retrieve {picture} --captions 0 --out {out} --root {smoke}", "at least 1"),
+    "more captions than the world has": ("retrieve {picture} --captions 99999999 --out {out} --root {smoke}", "different captions"),
+    "shortlist longer than the captions": ("retrieve {picture} --captions 200 --shortlist 300 --out {out} --root {smoke}", "from 1 to 200"),
+    "shortlist of nothing": ("retrieve {picture} --captions 200 --shortlist 0 --out {out} --root {smoke}", "--shortlist"),
+    "no budget": ("retrieve {picture} --captions 200 --budget 0 --out {out} --root {smoke}", "--budget"),
+    "two shortlists for a picture": ("retrieve {picture} --captions 200 --shortlist 5 10 --out {out} --root {smoke}", "one shortlist"),
+    "no such index": ("retrieve {picture} --captions 200 --index tree --out {out} --root {smoke}", "flat, ivf, hnsw"),
+    "option of another index": ("retrieve {picture} --captions 200 --index hnsw --nprobe 3 --out {out} --root {smoke}", "nprobe"),
+    "no two towers": ("retrieve {picture} --captions 200 --encoder denoising --out {out} --root {smoke}", "denoising"),
+    "too few scenes": ("retrieve --scenes 3 --captions 200 --out {out} --root {smoke}", "--scenes"),
+    "scenes and a picture": ("retrieve {picture} --scenes 8 --out {out} --root {smoke}", "two questions"),
+    "seed below zero, retrieve": ("retrieve {picture} --seed -1 --out {out} --root {smoke}", "--seed"),
+    "empty root, retrieve": ("retrieve {picture} --out {out} --root {bad}/nothing", "nothing"),
+    "no number of captions": ("bench retrieval --size many", "many"),
     "no such verb": ("dance", "dance"),
 }
 
@@ -358,7 +408,7 @@ def test_a_spoiled_checkpoint_is_one_sentence(file, content, line, smoke, pictur
     assert code == 2 and len(printed.strip().splitlines()) == 1 and len(printed) < 800 and file.rsplit("/", 1)[0] in printed and not target.exists(), printed
 
 
-@pytest.mark.parametrize("line", ["describe tiny", "bind --root none", "probe --root none", "bench decoder --root none", "evaluate none", "classify none.png --captions one two --root none"])
+@pytest.mark.parametrize("line", ["describe tiny", "bind --root none", "probe --root none", "bench decoder --root none", "evaluate none", "classify none.png --captions one two --root none", "retrieve none.png --root none"])
 def test_json_never_takes_the_place_of_a_folder_and_is_refused_before_anything_is_read(line, bad, tmp_path, capsys):
     assert call(*line.split(), "--json", bad / "results") == 2 and "results is a folder: name a file" in capsys.readouterr().err
     assert (bad / "results/old.json").read_text() == "[]"

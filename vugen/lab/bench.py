@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import importlib
 import json as json_text
 import os
 import statistics
@@ -23,12 +24,12 @@ from typing import Callable, Optional
 from ..errors import UserError
 
 # %% auto #0
-__all__ = ['SWITCHES', 'VARIANTS', 'PROMPT_TOKENS', 'ONE_BILLION', 'METRICS', 'COLUMNS', 'BENCHES', 'GPU_SIZES', 'STEPS', 'MODES',
-           'switches', 'Case', 'plan', 'awaken', 'preset_sizes', 'decoder_sizes', 'load_decoder', 'load_mixture',
-           'to_bf16', 'prepare', 'Work', 'timed', 'decoder_work', 'mixture_gflops', 'generator_work', 'NotMeasured',
-           'check_possible', 'first_call', 'alternate', 'matrix_product', 'resident_growth', 'peak_memory', 'measure',
-           'child', 'in_child', 'rows_of', 'wide_rows', 'show_bench', 'Bench', 'check_bench', 'bench_rows',
-           'read_words', 'main']
+__all__ = ['SWITCHES', 'VARIANTS', 'PROMPT_TOKENS', 'ONE_BILLION', 'METRICS', 'COLUMNS', 'BENCHES', 'ELSEWHERE', 'GPU_SIZES',
+           'STEPS', 'MODES', 'switches', 'Case', 'plan', 'awaken', 'preset_sizes', 'decoder_sizes', 'load_decoder',
+           'load_mixture', 'to_bf16', 'prepare', 'Work', 'timed', 'decoder_work', 'mixture_gflops', 'generator_work',
+           'NotMeasured', 'check_possible', 'first_call', 'alternate', 'matrix_product', 'resident_growth',
+           'peak_memory', 'measure', 'child', 'in_child', 'rows_of', 'wide_rows', 'show_bench', 'Bench',
+           'call_elsewhere', 'check_bench', 'bench_rows', 'read_words', 'main']
 
 # %% ../../nbs/lab/bench.ipynb #e14fc603
 SWITCHES = ("bf16", "channels_last", "compile")
@@ -411,7 +412,8 @@ def show_bench(rows: list):
     for why, cases in missing.items(): print(f"\n{why[0].upper()}{why[1:]}."); print("\n".join(f"  {case}" for case in cases))
 
 # %% ../../nbs/lab/bench.ipynb #6c903c89
-BENCHES = ("scenes", "decoder", "generator", "classifier")
+BENCHES = ("scenes", "decoder", "generator", "classifier", "retrieval")
+ELSEWHERE = {"retrieval": "bench_retrieval:run_bench"}  # benches with a module of their own: called with the verb and the command
 GPU_SIZES = {"decoder": "M", "generator": "1B"}
 STEPS = {"decoder": (1, 8), "generator": (8,)}
 
@@ -419,10 +421,10 @@ STEPS = {"decoder": (1, 8), "generator": (8,)}
 @dataclass
 class Bench:
     "Measure speed on this machine; of the classifier: accuracy against network calls."
-    name: str  # scenes, decoder, generator or classifier
+    name: str  # scenes, decoder, generator, classifier or retrieval
     seconds: float = 3.0  # of measuring, each case
     json: Optional[Path] = None  # file for the rows; - prints them
-    size: Optional[str] = None  # tiny, small; decoder also S, B, M, L, XL, H at 256 pixels, generator also 1B; default tiny, on a GPU M and 1B
+    size: Optional[str] = None  # tiny, small; decoder also S, B, M, L, XL, H at 256 pixels, generator also 1B; default tiny, on a GPU M and 1B; retrieval: numbers of captions with commas between
     batches: tuple[int, ...] = (1, 8, 64)  # pictures at a time
     steps: tuple[int, ...] = ()  # of the sampler; default 1 8 for the decoder, 8 for the generator
     variants: tuple[str, ...] = ()  # plain, or some of bf16, channels_last, compile with + between them; default all that make sense
@@ -441,6 +443,7 @@ class Bench:
     seed: int = 0  # of the classifier's items
 
     def __call__(self, command):
+        if self.name in ELSEWHERE: return call_elsewhere(self, command)
         from vugen.lab.cli import Counter, check_target, pick_device, run_record, show_rows, write_json
         check_bench(self); check_target(self.json)
         device = "cpu" if self.name == "scenes" else pick_device(self.device)
@@ -464,6 +467,12 @@ def _classifier(verb, command, device, progress):
     rows = classifier_bench(verb, str(device), progress, save if verb.json and str(verb.json) != "-" else lambda rows: None)
     if verb.json: save(rows)
     if str(verb.json) != "-": show_classifier(rows)
+
+
+def call_elsewhere(verb, command):  # Bench
+    "Run a bench of another module."
+    module, function = ELSEWHERE[verb.name].split(":")
+    return getattr(importlib.import_module(f"vugen.lab.{module}"), function)(verb, command)
 
 
 def _scenes(seconds):

@@ -27,9 +27,11 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'reads_freely', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
            'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
            'as_wanted', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size',
-           'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Evaluate', 'read_prompts',
-           'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe', 'show_description', 'Play',
-           'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Retrieve', 'check_retrieve',
+           'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures', 'Evaluate',
+           'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe',
+           'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb',
+           'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -524,6 +526,105 @@ def long_rows(rows):  # of `run_probe`
     def long(row): return {"encoder": row["encoder"], "suite": "probes", "category": row["target"], "metric": "accuracy", **{key: value for key, value in row.items() if key not in ("encoder", "target")}}
     return [long(row) for row in rows]
 
+# %% ../../nbs/lab/cli.ipynb #5c76fce6
+@dataclass
+class Retrieve:
+    "Find the captions of pictures among many: a fast search makes a shortlist, a slow scorer reads it again."
+    images: tuple[Path, ...]  # image files or folders of them; with --scenes none
+    scenes: Optional[int] = None  # measure recall on so many scenes; a quarter of them is held in to fit the mixture
+    captions: str = "100000"  # how many captions of the checkpoints' world, or a text file with one a line
+    index: str = "flat"  # flat, ivf or hnsw
+    shortlist: tuple[int, ...] = (30,)  # K captions that are read again; with --scenes several numbers
+    budget: tuple[int, ...] = (4,)  # B samples a caption; with --scenes several numbers
+    race: Optional[float] = 0.05  # with --scenes: level of a race with at most the largest budget
+    scorer: str = "denoising"  # that reads the shortlist again, such as denoising or diffusion:FOLDER
+    encoder: str = "contrastive"  # whose vectors are searched, such as contrastive, lit or clip:FOLDER
+    weight: Optional[float] = None  # rank pictures' captions by cosine + weight · score; default by the score alone
+    top: int = 5  # captions told of each picture
+    things: tuple[int, ...] = ()  # with --scenes: numbers of things in them, 1 to 6; default as the world has them
+    nlist: Optional[int] = None  # cells of ivf; default about 4 √N
+    nprobe: Optional[int] = None  # cells that are looked into; default one in 32
+    neighbors: Optional[int] = None  # of each vector in hnsw; default 16
+    ef_search: Optional[int] = None  # candidates that hnsw holds in hand; default 256
+    out: Optional[Path] = None  # folder for vectors, index and errors, and with --scenes figures; default in the cache
+    json: Optional[Path] = None  # file for the rows; - prints them
+    seed: int = 1_000_003  # of scenes and noises: apart from the training's
+    root: Optional[Path] = None  # folder of checkpoints
+    device: str = "auto"  # auto, cpu or cuda
+
+    def __call__(self, command):
+        check_retrieve(self); check_target(self.json); check_target(self.out, "folder")
+        root, device = root_of(self.root), pick_device(self.device)
+        options = {name: value for name in ("nlist", "nprobe", "neighbors", "ef_search") if (value := getattr(self, name)) is not None}
+        captions = int(self.captions) if self.captions.isdigit() else Path(self.captions)
+        for path in (*self.images, *(() if isinstance(captions, int) else (captions,))): command = command.replace(str(path), path.name)
+        if self.scenes is None: return retrieve_files(self, captions, options, root, device, command)
+        from vugen.understand.retrieval import measure_retrieval
+        found = measure_retrieval(root, self.scenes, captions, self.index, options, self.shortlist, self.budget, self.race, self.scorer, self.encoder, self.things, self.out, self.seed, device, Counter(), command)
+        if self.json: write_json(self.json, found)
+        if self.out: save_figures(found["rows"], self.out)
+        if str(self.json) != "-": show_rows(retrieval_table(found["rows"]))
+
+
+# %% ../../nbs/lab/cli.ipynb #3ccf0dad
+def check_retrieve(verb):  # Retrieve
+    "Refuse impossible numbers, and a question that is none or two."
+    check_number("--scenes", verb.scenes, 4, 1_000_000); check_number("--seed", verb.seed, 0, LARGEST_SEED); check_number("--top", verb.top, 1)
+    for k in verb.shortlist: check_number("--shortlist", k, 1)
+    for budget in verb.budget: check_number("--budget", budget, 1, 1_000_000)
+    for many in verb.things: check_number("--things", many, 1, 6)
+    check_number("--weight", verb.weight, 0); check_number("--race", verb.race, 1e-9, 1 - 1e-9)
+    if verb.scenes is None and not verb.images: raise UserError("There is no picture: name files or folders, or measure on scenes with --scenes 200.")
+    if verb.scenes is not None and verb.images: raise UserError("Pictures and --scenes are two questions: give one of them.")
+    if verb.scenes is None and not len(verb.shortlist) == len(verb.budget) == 1: raise UserError("Pictures are read with one shortlist and one budget: give one number of each.")
+
+
+def picture_paths(paths):  # files and folders
+    "Files of pictures, those of a folder in order of their names."
+    return [each for path in paths for each in (pictures_in(path).values() if Path(path).expanduser().is_dir() else [Path(path)])]
+
+
+def retrieve_files(verb, captions, options, root, device, command):  # Retrieve; number or file; of the index
+    "The captions of picture files."
+    from vugen.data.images import to_tensor
+    from vugen.understand.retrieval import check_kind, check_shortlists, gallery, load_pair, open_gallery, read_captions, retrieve_pictures
+    from vugen.understand.scorers import world_of
+    paths = picture_paths(verb.images)
+    pictures, texts = read_pictures(paths), gallery(world_of(root), captions) if isinstance(captions, int) else read_captions(captions)
+    check_kind(verb.index, options); check_shortlists(verb.shortlist, verb.budget, len(texts))
+    (encoder, scorer), counter = load_pair(root, verb.encoder, verb.scorer, device), Counter()
+    index = open_gallery(encoder, texts, verb.out, counter).use(verb.index, counter, **options)
+    images = [to_tensor(picture, seen_size(picture, world_size(root)))[0].to(device) for picture in pictures]
+    rows = retrieve_pictures(index, encoder, scorer, images, unique_names([path.name for path in paths]), verb.shortlist[0], verb.budget[0], float("inf") if verb.weight is None else verb.weight, verb.top, verb.seed, counter)
+    if verb.json: write_json(verb.json, {"run": run_record(command, verb.seed, root, device, index={"kind": verb.index, **index.options, "captions": len(index)}), "rows": rows})
+    if str(verb.json) != "-": show_answers(rows)
+
+
+# %% ../../nbs/lab/cli.ipynb #8d3bfcf3
+def show_answers(rows):  # of `retrieve_pictures`
+    "The captions of each picture, best first, with both scores and the place that the search had given."
+    known = ("images", "suite", "category", "metric", "value", "rank", "search_rank", "cosine")
+    for name in dict.fromkeys(row["images"] for row in rows):
+        print(f"\n{name}")
+        show_rows([{"rank": row["rank"], "caption": row["category"], **{key: value for key, value in row.items() if key not in known}, "cosine": row["cosine"], "in the search": row["search_rank"]} for row in rows if row["images"] == name])
+
+
+def retrieval_table(rows):  # of `measure_retrieval`
+    "Recall of the shortlist at powers of ten, and recall@1 after it was read again; the file holds the rest."
+    depths = {f"recall@{k}" for k in (1, 10, 100, 1000)}
+    columns = ("images", "suite", "category", "metric", "shortlist", "budget", "value", "low", "high", "n", "chance", "gflops", "front")
+    return [{name: row.get(name) for name in columns} for row in rows if row["metric"] in depths and (not row["budget"] or row["metric"] == "recall@1")]
+
+
+def save_figures(rows, out):  # of `measure_retrieval`; a folder
+    "recall.png and pareto.png."
+    from matplotlib import pyplot
+    from vugen.understand.retrieval import pareto_figure, recall_figure
+    for name, draw in (("recall", recall_figure), ("pareto", pareto_figure)):
+        with atomic_path(Path(out).expanduser() / f"{name}.png") as temporary: draw(rows).savefig(temporary, dpi=150)
+        pyplot.close("all")
+
+
 # %% ../../nbs/lab/cli.ipynb #c3f7bf4b
 @dataclass
 class Evaluate:
@@ -687,7 +788,7 @@ def show_ablation(verb, found):  # Ablate; of `run_ablation` or `stored_rows`
     print("\n" + "\n".join(str(path) for path in written))
 
 # %% ../../nbs/lab/cli.ipynb #2db8fcf5
-VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Probe, Evaluate, Bench, Describe)}
+VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Retrieve, Probe, Evaluate, Bench, Describe)}
 
 
 def overview():
