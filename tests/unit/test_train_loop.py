@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from vugen.errors import UserError
-from vugen.train.loop import Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.loop import _shard_precision, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 
@@ -326,3 +329,34 @@ def test_a_state_from_before_a_key_was_known_counts_as_its_default():
     old = {"recipe": {"steps": 12, "learning_rate": 0.1}}
     new = {"recipe": {"steps": 12, "learning_rate": 0.1, "gradient_checkpointing": False, "ema_start": 0, "ema_device": "same"}}
     assert not differences(old, new) and differences(old, {"recipe": {**new["recipe"], "ema_start": 5}}) == {"recipe.ema_start": (0, 5)}
+
+
+class AsOnGPU(TorchFunctionMode):
+    "Casts inputs as CUDA's autocast does."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        from vugen.lab.describe import EXACT, PRODUCTS
+        name = getattr(func, "__name__", "")
+        wanted = torch.bfloat16 if name in PRODUCTS else torch.float32 if name in EXACT else None
+        def cast(value): return value.to(wanted) if wanted and torch.is_tensor(value) and value.dtype in (torch.float32, torch.bfloat16) else value
+        return func(*tree_map(cast, args), **tree_map(cast, kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "decoder", "decoder-ldm", "vlm", "generator", "generator-repa", "distill"])
+def test_every_stage_learns_with_weights_gathered_as_bf16(name):
+    "What FSDP gives a block on a GPU: bf16 weights, inputs as they come, autocast around; no operation may meet two dtypes that it cannot join."
+    stage = smoke_stage(name)
+    module = training_mode(stage.build())
+    stage.ready(module, 0, 1) if hasattr(stage, "ready") else None
+    exact = stage.loss(module, stage.batch([0, 1, 2]), torch.Generator().manual_seed(2))[0].item()
+    for value in module.parameters():
+        if value.requires_grad: value.data = value.data.bfloat16()
+    with AsOnGPU(): loss, _ = stage.loss(module, stage.batch([0, 1, 2]), torch.Generator().manual_seed(2))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.05)
+
+
+def test_fsdp_gathers_bf16_on_gpus_alone_and_never_batch_statistics():
+    def policy(precision, device, module=nn.Linear(2, 2)): return _shard_precision(SimpleNamespace(mixed_precision=precision, device=torch.device(device)), module)
+    found = policy("bf16", "cuda")
+    assert (found.param_dtype, found.reduce_dtype, found.output_dtype, found.cast_forward_inputs) == (torch.bfloat16, torch.float32, None, False)
+    assert policy("no", "cuda") is policy("bf16", "cpu") is policy("bf16", "cuda", nn.BatchNorm1d(2)) is None

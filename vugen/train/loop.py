@@ -285,13 +285,21 @@ def recompute_blocks(module):
     return module
 
 # %% ../../nbs/train/loop.ipynb #3efc2f47
+def _shard_precision(accelerator, module):
+    "In bf16 on a GPU weights are gathered as bf16, so that autocast makes no copies of them that would outlive the gathered block; it decides about all else, as under DDP, and gradients are added up in fp32."
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    counts = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    if accelerator.mixed_precision != "bf16" or accelerator.device.type == "cpu" or counts: return None  # a CPU's layer norm, and batch norm anywhere, take no gains in bf16 beside inputs in fp32
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
 def _plan_shards(accelerator, module):
     "Tell FSDP its units, the blocks that learn. Frozen parts stay whole in every process: they are also called outside of the module's forward pass."
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2: raise UserError("FSDP must be of version 2 here: set fsdp_version: 2 in accelerate's configuration, as data/accelerate/fsdp-one-node.yaml does.")
     plugin.cpu_ram_efficient_loading = False  # every process builds the module from the same seed
-    plugin.mixed_precision_policy = None  # autocast decides, as it does under DDP
+    plugin.mixed_precision_policy = _shard_precision(accelerator, module)
     plugin.auto_wrap_policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set())
     plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in repeated_blocks(module)})
     plugin.ignored_modules = [module.get_submodule(prefix[:-1]) for prefix in _frozen_prefixes(module)]
