@@ -114,7 +114,7 @@ def test_rebuilding_tokens_regularises_the_reducer_and_its_head_is_not_shipped(t
     assert loss.item() == pytest.approx(metrics["flow"].item() + 0.5 * by_hand.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(module.rebuild(module.latents(images), module.tokens(images)), module.reducer.layers[-1].weight)
     assert gradient.abs().sum() > 0
-    with torch.no_grad(): stage.finish(module.eval(), tmp_path / "decoder")
+    with torch.no_grad(): stage.save(module.eval(), tmp_path / "decoder")
     assert sorted(path.name for path in (tmp_path / "decoder").iterdir()) == ["encoder.json", "pixel_decoder", "reducer"]
     assert not any("head" in name for name in PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder).state_dict())
     with pytest.raises(UserError, match="PCA does not"): DecoderPCAStage(Preset("test", WORLD, {"decoder-pca": part}), tmp_path, encoder=vision()).build()
@@ -174,7 +174,7 @@ def test_a_stage_writes_what_loads_and_measures_held_out_pictures(stage_class, t
     module = stage.build()
     assert torch.equal(stage.batch([5])["images"][0], stage.batch([4, 5])["images"][1])
     assert not torch.equal(stage.pictures.images(stage.seed + HELD_OUT, [0]), stage.batch([0])["images"])
-    with torch.no_grad(): rows = stage.finish(module.eval(), tmp_path / "decoder")
+    with torch.no_grad(): stage.save(module.eval(), tmp_path / "decoder"); rows = stage.measure(module, tmp_path / "decoder")
     again = PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder)
     assert abs(again.encode(stage.batch(range(64))["images"]).std() - 1) < 0.2
     assert {row["metric"] for row in rows} >= {"psnr, 8 steps", "psnr, 1 step"} and all(row["low"] <= row["value"] <= row["high"] for row in rows)

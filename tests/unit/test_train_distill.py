@@ -132,7 +132,7 @@ def test_noise_on_latents_is_uniform_in_its_strength(root):
 def test_a_stage_evaluates_what_it_wrote(kind, model, root):
     stage = stage_of(kind, root, model, teacher_steps=2, pool=0, weights="fp16")
     module = stage.build()
-    with torch.no_grad(): rows = stage.finish(module.eval(), root / kind.name)
+    with torch.no_grad(): stage.save(module.eval(), root / kind.name); rows = stage.measure(module, root / kind.name)
     again, images = PixelAutoencoder.from_pretrained(root, kind.name, stage.encoder), stage.held_out()["scenes"]
     ours = next(row for row in rows if row["category"] in ("distilled, 1 step", "feed-forward") and row["metric"] == "PSNR")
     assert ours["value"] == pytest.approx(psnr(images, again.reconstruct(images)).double().mean().item(), abs=1e-4) and ours["n"] == 6

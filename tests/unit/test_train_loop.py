@@ -37,8 +37,9 @@ class Stage:
         loss = (module(batch["inputs"])[:, 0] - batch["inputs"].sum(1) + 0.1 * torch.randn(len(batch["inputs"]), generator=generator)).square().mean()
         return loss, {"error": loss.detach().sqrt()}
 
-    def finish(self, module, out):
-        save_file({"weight": module[1].weight.detach().clone()}, out / "model.safetensors")
+    def save(self, module, out): save_file({"weight": module[1].weight.detach().clone()}, out / "model.safetensors")
+
+    def measure(self, module, out):
         return {"weight": module[1].weight.detach().norm()}
 
 
@@ -157,13 +158,43 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(tmp_path):
     check_free(tmp_path / "out", tmp_path / ".state-out", resume=False, overwrite=True)
 
 
-def test_a_failing_evaluation_leaves_no_checkpoint_and_resumes_into_it(tmp_path):
+def test_weights_that_cannot_be_written_leave_no_half_checkpoint(tmp_path):
     stage, recipe = make()
-    stage.finish = lambda module, out: (out / "half.safetensors").write_bytes(b"half") and None or 1 / 0
+    stage.save = lambda module, out: (out / "half.safetensors").write_bytes(b"half") and None or 1 / 0
     with pytest.raises(ZeroDivisionError): run(stage, recipe, tmp_path / "out", show=False)
     assert [path.name for path in tmp_path.iterdir()] == [".state-out"]
-    del stage.finish
+    del stage.save
     assert run(stage, recipe, tmp_path / "out", resume=True, show=False)["status"] == "finished"
+
+
+def failing(module, out): raise MemoryError("no room for\n5,000 pictures")
+
+
+def test_a_failing_evaluation_leaves_a_checkpoint_and_the_same_command_measures_it(tmp_path, monkeypatch):
+    stage, recipe = make()
+    expected = run(stage, recipe, tmp_path / "whole", show=False)["record"]["rows"]
+    stage.measure = failing
+    with pytest.raises(UserError, match=r"weights are written to .*out and can be used.*MemoryError: no room for\): .*same command again") as caught: run(stage, recipe, tmp_path / "out", show=False)
+    assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, MemoryError)
+    record, card = json.loads((tmp_path / "out/run.json").read_text()), (tmp_path / "out/README.md").read_text()
+    assert record["unmeasured"] and record["rows"] == [] and record["steps"] == 12 and "Not measured yet" in card
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes() and (tmp_path / "out/log.jsonl").exists()
+    del stage.measure
+    monkeypatch.setattr(stage, "loss", lambda *_: pytest.fail("it learned again"))
+    result = run(stage, recipe, tmp_path / "out", show=False)  # without resume, as the command was
+    assert result["status"] == "finished" and result["record"]["rows"] == expected
+    assert "unmeasured" not in json.loads((tmp_path / "out/run.json").read_text()) and "Not measured yet" not in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match="--overwrite"): run(stage, recipe, tmp_path / "out", show=False)
+
+
+def test_an_evaluation_goes_on_only_with_its_own_training(tmp_path):
+    stage, recipe = make()
+    stage.measure = failing
+    with pytest.raises(UserError, match="evaluation failed"): run(stage, recipe, tmp_path / "out", show=False)
+    other, faster = make(learning_rate=0.02)
+    with pytest.raises(UserError, match="recipe.learning_rate = 0.01"): run(other, faster, tmp_path / "out", show=False)
+    with pytest.raises(UserError, match="holds no state.*use the weights as they are"): run(stage, recipe, tmp_path / "out", state=tmp_path / "elsewhere", show=False)
+    assert run(other, faster, tmp_path / "out", overwrite=True, show=False)["status"] == "finished"
 
 
 def test_a_failing_batch_ends_the_run_with_its_own_error(tmp_path):

@@ -26,8 +26,8 @@ from ..errors import UserError
 from ..train.presets import load_preset
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES', 'RULE',
-           'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Live',
+__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'AT_REST', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES',
+           'RULE', 'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Live',
            'live_bytes', 'Part', 'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts',
            'one_step_parts', 'language_parts', 'tower_part', 'generator_parts', 'tower_counts', 'Tower',
            'alignment_part', 'vae_title', 'vae_of', 'vae_part', 'baseline_parts', 'parser_parts', 'scene_parts',
@@ -527,6 +527,7 @@ def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
 FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
           "distill": ("vision encoder", "reducer", "pixel decoder, a step"),
           **{name: ("vision encoder", "projector", "language model") for name in ("generator-decoupled", "generator-repa")}}
+AT_REST = {"generator": ("pixel decoder, a step",)}  # held, but at work only when the training is over
 SHARDINGS, PRECISIONS, EMA_PLACES = ("none", "ddp", "fsdp"), ("fp32", "bf16"), ("gpu", "cpu")
 
 
@@ -585,7 +586,7 @@ def stage_memory(stage, part, parts, setup=Setup()):  # StagePreset and every Pa
     trained, shared = sum(each.trainable() for each in own), setup.sharding == "fsdp"
     piece = sum(shard_size(each.module, setup.gpus) for each in learning) if shared else trained  # what a GPU keeps of it
     frozen = sum((2 if each.half and setup.precision == "bf16" else 4) * (each.parameters() - (each.trainable() if each in own else 0)) for each in held)
-    kept, idle = [each.saved(setup.batch, setup.precision) for each in own], [each for each in held if each not in own]
+    kept, idle = [each.saved(setup.batch, setup.precision) for each in own], [each for each in held if each not in own and each.name not in AT_REST.get(stage, ())]
     looks = max((each.passing(setup.batch, setup.precision, False) for each in idle), default=0)
     gathered = 4 * trained * (part.recipe.gradient_accumulation > 1) + _gathered(learning, setup) if shared else 0  # between micro-batches FSDP keeps gradients whole
     found = {"weights": 4 * piece + frozen, "gradients": 4 * piece, "moments": 8 * piece, "ema": 4 * piece if part.recipe.ema_decay and setup.ema == "gpu" else 0,

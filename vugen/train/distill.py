@@ -123,10 +123,12 @@ class OneStepStage(DecoderStage):
         self.reducer = load_reducer(self.pair / "reducer")
         if self.options.get("weights", "fp32") not in WEIGHTS: raise UserError(f"options.weights is {self.options['weights']!r}: choose one of {', '.join(WEIGHTS)}.")
 
-    def finish(self, module: DecoderTraining, out: Path) -> list:
+    def save(self, module: DecoderTraining, out: Path):
         module.reducer.save_pretrained(out / "reducer")
         module.decoder.save_pretrained(out / "pixel_decoder", WEIGHTS[self.options.get("weights", "fp32")])
         (out / "encoder.json").write_text(json.dumps(encoder_link(module.encoder)) + "\n")
+
+    def measure(self, module: DecoderTraining, out: Path) -> list:
         written = load_decoder(out / "pixel_decoder").to(next(module.parameters()).device)
         return self.evaluate(PixelAutoencoder(module.encoder, module.reducer, written).eval())
 

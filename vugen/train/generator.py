@@ -85,7 +85,7 @@ class LatentPool:
 # %% ../../nbs/train/generator.ipynb #0a3f864a
 class GeneratorStage:
     "Image tower on ROOT/vlm and ROOT/decoder; judged by ROOT/parser"
-    name = "generator"
+    name, measured_as_trained = "generator", True
     about = "Text to image in the reduced space of understanding: a mixture of transformers beside a frozen vision–language model (VUGEN)."
 
     def __init__(self, preset, root):
@@ -175,8 +175,9 @@ class GeneratorStage:
         loss = module(latents, batch["ids"], batch["mask"], t, noise).mean()
         return loss, {"unexplained": loss.detach() / (latents - noise).square().mean()}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def save(self, module, out): module.save_pretrained(out)
+
+    def measure(self, module, out):
         world = dataclasses.replace(self.world, split="test")
         return evaluate_generator(module, self.parser, world, self.options.get("evaluation", 500), self.seed + 1_000_003)
 
@@ -249,8 +250,7 @@ class CorpusGeneratorStage(GeneratorStage):
         ids, mask = self.model.vlm.encode(["" if empty else self.prompt(caption) for empty, caption in zip(silent, told)])
         return {"latents": latents, "ids": ids, "mask": mask}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def measure(self, module, out):
         images, told = self.corpus.held_out(self.options.get("evaluation", 500))
         told = [self.prompt(caption) for caption in told]
         return velocity_rows(module, module.encode_images(images), told, self.seed + 1_000_003) + self.unknown_row()
@@ -328,7 +328,9 @@ class REPAStage(DecoupledStage):
         metrics = {"unexplained": flow.detach() / (latents - noise).square().mean(), "alignment": alignment.detach()}
         return flow + self.options.get("alignment_weight", .5) * alignment, metrics
 
-    def finish(self, module, out): return super().finish(module.model, out)
+    def save(self, module, out): super().save(module.model, out)
+
+    def measure(self, module, out): return super().measure(module.model, out)
 
     @classmethod
     def on_corpus(cls): return CorpusREPAStage
