@@ -219,3 +219,13 @@ def test_smoke_preset_trains_by_the_public_command(tmp_path, capsys):
         assert record["steps"] == 4 and record["rows"]
     assert any("gain" in row["metric"] for row in record["rows"])
     assert PixelAutoencoder.from_pretrained(tmp_path, "decoder-pca").reconstruct(torch.rand(1, 3, 32, 32), 1).shape == (1, 3, 32, 32)
+
+
+def test_a_pca_reducer_is_fitted_where_the_loop_works(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    part = StagePreset(dict(base_channels=8, num_layers=1), Recipe(steps=1, batch_size=4), dict(mixture={"scenes": 1.0}, statistics=64, evaluation=4))
+    stage, moved = DecoderPCAStage(Preset("test", WORLD, {"decoder-pca": part}), tmp_path, encoder=vision()), []
+    stage.accelerator = SimpleNamespace(device=torch.device("cpu:0"))
+    monkeypatch.setattr(stage.encoder, "to", lambda place: moved.append(place) or stage.encoder)
+    reducer = stage.build().reducer
+    assert moved == [torch.device("cpu:0")] and not reducer.explained.isnan()

@@ -29,7 +29,7 @@ from ..encode.reducers import MLPReducer, PCAReducer
 from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert, diffuse
-from .loop import stages_main
+from .loop import stage_device, stages_main
 from .presets import Preset, corpus_of
 
 # %% auto #0
@@ -324,9 +324,9 @@ class DecoderPCAStage(DecoderStage):
 
     def make_reducer(self, dim):
         if self.options.get("feature_weight"): raise UserError("options.feature_weight regularises a reducer that learns, and PCA does not: set it for the stage decoder.")
-        reducer = PCAReducer(self.encoder.hidden_size, dim)
-        for tokens in self.token_batches(self.encoder): reducer.partial_fit(tokens)
-        return reducer.finalize().fit_whitening(self.token_batches(self.encoder)).requires_grad_(False)
+        encoder, reducer = self.encoder.to(stage_device(self)), PCAReducer(self.encoder.hidden_size, dim)
+        for tokens in self.token_batches(encoder): reducer.partial_fit(tokens)
+        return reducer.finalize().to(stage_device(self)).fit_whitening(self.token_batches(encoder)).requires_grad_(False)
 
     def freeze(self, module): "PCA was frozen before training."
 

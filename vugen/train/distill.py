@@ -23,7 +23,7 @@ from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert
 from ..models.saving import fingerprint
 from .decoder import HELD_OUT, DecoderStage, DecoderTraining, Pictures, add_latent_noise, parser_rows
-from .loop import stages_main
+from .loop import stage_autocast, stages_main
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ONE_STEP', 'STAGES', 'TeacherPool', 'DistillTraining', 'FeedForwardTraining', 'paint_all',
@@ -163,8 +163,9 @@ class DistillStage(OneStepStage):
     def lesson(self, numbers: list) -> dict:
         "Latents and teacher's pictures of numbered pictures, on the CPU."
         device = next(self.module.parameters()).device
-        inputs = self.pictures.images(self.seed, numbers), self.latent_noise(numbers), self.noise(numbers)
-        return {name: value.cpu() for name, value in self.module.lesson(*(each.to(device) for each in inputs)).items()}
+        inputs = [each.to(device) for each in (self.pictures.images(self.seed, numbers), self.latent_noise(numbers), self.noise(numbers))]
+        with stage_autocast(self): lesson = self.module.lesson(*inputs)  # a background thread has no autocast of its own
+        return {name: value.float().cpu() for name, value in lesson.items()}
 
     def batch(self, indices: list) -> dict:
         numbers = self.pool.numbers(list(indices))

@@ -26,7 +26,7 @@ from ..generate.adapters import stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from ..models.text import WordCodec, known_words
-from .loop import Progress, stages_main, step_seed
+from .loop import Progress, stage_device, stages_main, step_seed
 from .presets import corpus_of, data_fingerprint
 
 # %% auto #0
@@ -291,6 +291,7 @@ class DecoupledStage(GeneratorStage):
         model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.part.model)
         number = self.options.get("statistics", 2048)
         blocks = (list(range(start, min(start + 128, number))) for start in range(0, number, 128))
+        vae.to(stage_device(self))
         model.space.fit_whitening(self.images(block, stream=1) for block in blocks)
         return model
 

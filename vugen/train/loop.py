@@ -6,11 +6,11 @@
 __all__ = ['PATIENCE', 'STATES_KEPT', 'UNMEASURED', 'Stage', 'sample_indices', 'step_seed', 'seed_everything', 'learning_rate_at',
            'make_optimizer', 'trained_tensors', 'frozen_fingerprint', 'whole', 'shard_like', 'load_tensors',
            'training_mode', 'Ema', 'Training', 'multiplies_bf16', 'make_accelerator', 'repeated_blocks',
-           'recompute_blocks', 'prepare', 'to_device', 'SharedDraws', 'micro_batches', 'train_step',
-           'optimizer_tensors', 'load_optimizer', 'gathered', 'description', 'save_state', 'states', 'differences',
-           'check_same', 'restore', 'read_log', 'duration', 'Progress', 'write_log', 'signals_noted', 'train_until',
-           'run_record', 'finish', 'unmeasured', 'check_free', 'default_state', 'run', 'stage_parser', 'settings_of',
-           'train_stage', 'say_outcome', 'command_line', 'stage_main', 'stages_main']
+           'recompute_blocks', 'prepare', 'stage_device', 'stage_autocast', 'to_device', 'SharedDraws', 'micro_batches',
+           'train_step', 'optimizer_tensors', 'load_optimizer', 'gathered', 'description', 'save_state', 'states',
+           'differences', 'check_same', 'restore', 'read_log', 'duration', 'Progress', 'write_log', 'signals_noted',
+           'train_until', 'run_record', 'finish', 'unmeasured', 'check_free', 'default_state', 'run', 'stage_parser',
+           'settings_of', 'train_stage', 'say_outcome', 'command_line', 'stage_main', 'stages_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -54,7 +54,7 @@ class Stage(Protocol):
     def batch(self, indices: list) -> dict: "A pure function of absolute sample numbers; tensors on the CPU. Called in a background thread, so it draws nothing from global generators."
     def loss(self, module, batch, generator) -> tuple: "(loss, metrics). Call `module(...)` itself, so that several processes stay in step; `generator` is the only source of noise."
     # optional: `ready(module, rank, world)` is called once the module is on its device; `corpus` is a corpus whose bookmarks are kept with the training states;
-    # `on_corpus()` is the class that learns from a preset's corpus in place of its world; `measured_as_trained` says that autocast may stay on while it is measured on a GPU
+    # `accelerator` is given to it by the loop, see `stage_device` and `stage_autocast`; `on_corpus()` is the class that learns from a preset's corpus in place of its world; `measured_as_trained` says that autocast may stay on while it is measured on a GPU
     def save(self, module, out: Path): "Write `save_pretrained` folder(s) into `out`."
     def measure(self, module, out: Path) -> Any: "Held-out rows (see `as_rows`) of what `save` wrote into `out`; called in one process alone."
 
@@ -313,7 +313,7 @@ def _plan_shards(accelerator, module):
 # %% ../../nbs/train/loop.ipynb #d6e91151
 def prepare(stage, recipe, state):
     "Build the module from its seed and wrap it for this machine."
-    accelerator = make_accelerator(recipe, getattr(stage, "find_unused_parameters", False))
+    accelerator = stage.accelerator = make_accelerator(recipe, getattr(stage, "find_unused_parameters", False))
     seed_everything(step_seed(recipe.seed, "build"))
     module = training_mode(stage.build())
     sharded, frozen = accelerator.distributed_type.value == "FSDP", frozen_fingerprint(module)
@@ -327,6 +327,18 @@ def prepare(stage, recipe, state):
     if hasattr(stage, "ready"): stage.ready(module, training.rank, training.world)
     accelerator.wait_for_everyone()
     return training
+
+
+def stage_device(stage):
+    "Where a stage works outside of the training step, as while it is built: the loop's device, or the CPU where no loop runs it."
+    accelerator = getattr(stage, "accelerator", None)
+    return accelerator.device if accelerator else torch.device("cpu")
+
+
+def stage_autocast(stage):
+    "The precision of the training for what a stage computes outside of the training step, in whatever thread; none where no loop runs it."
+    accelerator = getattr(stage, "accelerator", None)
+    return accelerator.autocast() if accelerator else contextlib.nullcontext()
 
 
 def _corpus_facts(stage):
