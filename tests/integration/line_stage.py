@@ -10,6 +10,7 @@ from vugen.train.loop import stage_main
 
 PAUSE = float(os.environ.get("LINE_PAUSE", "0"))  # seconds a step, so that a signal can fall between steps
 PLAIN = os.environ.get("LINE_PLAIN") == "1"  # no batch statistics, dropout or noise: nothing that depends on the number of processes
+MEASURE = float(os.environ.get("LINE_MEASURE", "0"))  # seconds that measuring takes, so that a signal can fall into it
 BROKEN_FROM = int(os.environ.get("LINE_BROKEN_FROM", "-1"))  # sample number from which the samples are not finite
 
 
@@ -44,8 +45,10 @@ class LineStage:
         loss = (module(batch["inputs"]) - batch["targets"] - (0.0 if PLAIN else 0.05) * noise).square().mean()
         return loss, {"error": loss.detach().sqrt()}
 
-    def finish(self, module, out):
-        save_file(module.state_dict(), out / "model.safetensors")
+    def save(self, module, out): save_file(module.state_dict(), out / "model.safetensors")
+
+    def measure(self, module, out):
+        if MEASURE: time.sleep(MEASURE)
         return [{"metric": "norm", "value": sum(value.float().norm().item() for value in module.state_dict().values())}]
 
 

@@ -98,6 +98,18 @@ def test_sigterm_saves_and_says_so_and_resumes_exactly(whole, tmp_path):
     assert record["wall_seconds"] > 0.01 * saved  # both parts count
 
 
+def test_killed_while_measuring_the_checkpoint_is_there_and_the_same_command_measures_it(whole, tmp_path):
+    preset, out = write_preset(tmp_path), tmp_path / "line"
+    process = start(preset, out, LINE_MEASURE="100")
+    wait_for(lambda: (out / "run.json").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert json.loads((out / "run.json").read_text())["unmeasured"] and weights(out) == weights(whole)
+    code, said, err = complete(start(preset, out))
+    assert code == 0, err
+    assert "resumed at step 120" in said and json.loads((out / "run.json").read_text())["rows"] == json.loads((whole / "run.json").read_text())["rows"]
+
+
 @pytest.fixture
 def line(monkeypatch):
     "The stage's module, imported as a test may bend it."
@@ -155,7 +167,7 @@ def furthest(one, two):
 
 def test_two_processes_train_the_same_model_as_one(line, monkeypatch, tmp_path):
     preset = write_preset(tmp_path)
-    double = start(preset, tmp_path / "two", "--steps", "40", launcher=launcher("ddp-one-node"), LINE_PLAIN="1", **ON_CPU)
+    double = start(preset, tmp_path / "two", "--steps", "40", launcher=launcher("ddp-one-node"), LINE_PLAIN="1", LINE_MEASURE="3", **ON_CPU)  # one process measures when the other has left
     monkeypatch.setattr(line, "PLAIN", True)
     train(line, preset, tmp_path / "one", "--steps", "40")
     code, out, err = complete(double)

@@ -114,7 +114,7 @@ def test_rebuilding_tokens_regularises_the_reducer_and_its_head_is_not_shipped(t
     assert loss.item() == pytest.approx(metrics["flow"].item() + 0.5 * by_hand.item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(module.rebuild(module.latents(images), module.tokens(images)), module.reducer.layers[-1].weight)
     assert gradient.abs().sum() > 0
-    with torch.no_grad(): stage.finish(module.eval(), tmp_path / "decoder")
+    with torch.no_grad(): stage.save(module.eval(), tmp_path / "decoder")
     assert sorted(path.name for path in (tmp_path / "decoder").iterdir()) == ["encoder.json", "pixel_decoder", "reducer"]
     assert not any("head" in name for name in PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder).state_dict())
     with pytest.raises(UserError, match="PCA does not"): DecoderPCAStage(Preset("test", WORLD, {"decoder-pca": part}), tmp_path, encoder=vision()).build()
@@ -174,7 +174,7 @@ def test_a_stage_writes_what_loads_and_measures_held_out_pictures(stage_class, t
     module = stage.build()
     assert torch.equal(stage.batch([5])["images"][0], stage.batch([4, 5])["images"][1])
     assert not torch.equal(stage.pictures.images(stage.seed + HELD_OUT, [0]), stage.batch([0])["images"])
-    with torch.no_grad(): rows = stage.finish(module.eval(), tmp_path / "decoder")
+    with torch.no_grad(): stage.save(module.eval(), tmp_path / "decoder"); rows = stage.measure(module, tmp_path / "decoder")
     again = PixelAutoencoder.from_pretrained(tmp_path, encoder=stage.encoder)
     assert abs(again.encode(stage.batch(range(64))["images"]).std() - 1) < 0.2
     assert {row["metric"] for row in rows} >= {"psnr, 8 steps", "psnr, 1 step"} and all(row["low"] <= row["value"] <= row["high"] for row in rows)
@@ -219,3 +219,13 @@ def test_smoke_preset_trains_by_the_public_command(tmp_path, capsys):
         assert record["steps"] == 4 and record["rows"]
     assert any("gain" in row["metric"] for row in record["rows"])
     assert PixelAutoencoder.from_pretrained(tmp_path, "decoder-pca").reconstruct(torch.rand(1, 3, 32, 32), 1).shape == (1, 3, 32, 32)
+
+
+def test_a_pca_reducer_is_fitted_where_the_loop_works(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+    part = StagePreset(dict(base_channels=8, num_layers=1), Recipe(steps=1, batch_size=4), dict(mixture={"scenes": 1.0}, statistics=64, evaluation=4))
+    stage, moved = DecoderPCAStage(Preset("test", WORLD, {"decoder-pca": part}), tmp_path, encoder=vision()), []
+    stage.accelerator = SimpleNamespace(device=torch.device("cpu:0"))
+    monkeypatch.setattr(stage.encoder, "to", lambda place: moved.append(place) or stage.encoder)
+    reducer = stage.build().reducer
+    assert moved == [torch.device("cpu:0")] and not reducer.explained.isnan()

@@ -436,3 +436,11 @@ def test_an_unknown_stage_of_the_module_is_refused(capsys):
 def test_vugens_own_stage_is_not_aligned(root):
     built = GeneratorStage(preset(), root).build()
     assert isinstance(built, TextToImage) and fingerprint(built.vlm) == built.config["vlm_fingerprint"]
+
+
+def test_the_statistics_of_a_vae_are_measured_where_the_loop_works(root, monkeypatch):
+    from types import SimpleNamespace
+    moved, stage = [], DecoupledStage(preset(), root)
+    monkeypatch.setattr(ConvVAE, "to", lambda vae, place: moved.append(place) or vae)
+    stage.accelerator = SimpleNamespace(device=torch.device("cpu:0"))
+    assert stage.build().space.whitening.latent_std.ne(1).any() and moved == [torch.device("cpu:0")]

@@ -1,6 +1,10 @@
 """What `describe` says of models is held against counts made another way, torch's own lists and a real training step."""
 import functools
+import json
 import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from vugen.errors import UserError
 from vugen.lab import describe as module
 from vugen.lab.describe import EXACT, PRODUCTS, Setup, describe, optional_parts, parts_of, published_vlm, saved_bytes, settled, stage_memory, unit_sizes
-from vugen.train.presets import load_preset, override, preset_from_dict
+from vugen.train.presets import Recipe, StagePreset, load_preset, override, preset_from_dict
 
 
 @functools.cache
@@ -52,13 +56,13 @@ def test_what_is_published_is_frozen_and_of_its_size():
     assert rows["language model"]["parameters"] == 1_235_814_400  # Llama 3.2 1B
     assert abs(rows["vision encoder"]["parameters"] - 291_415_040) < 50_000  # timm's vit_pe_lang_large_patch14_448
     assert rows["alignment encoder"]["parameters"] == 86_580_480  # DINOv2-B as transformers loads it
-    for name in ("vision encoder", "projector", "language model", "VAE", "perceptual network", "alignment encoder"): assert rows[name]["trainable"] == 0 and rows[name]["frozen"] == rows[name]["parameters"]
+    for name in ("vision encoder", "projector", "language model", "VAE asymmetric-autoencoder-kl-x-2", "perceptual network", "alignment encoder"): assert rows[name]["trainable"] == 0 and rows[name]["frozen"] == rows[name]["parameters"]
 
 
 @pytest.mark.parametrize("name", ["paper-stockmix", "paper-imagenet-improved"])
 def test_every_paper_preset_has_the_same_models(name):
     counted = {part.name: part.parameters() for part in parts_of(load_preset(name))}
-    assert len(counted) == 12 and counted == {key: paper_parts()[key].parameters() for key in counted}
+    assert len(counted) == 13 and counted == {key: paper_parts()[key].parameters() for key in counted}
 
 
 # operations
@@ -88,7 +92,7 @@ def counted_by_hand(part):
     return (total[0] + attentions.total) / 1e9
 
 
-NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "distilled decoder, its one step", "VAE", "latent diffusion decoder, a step", "image tower, a step", "image tower of Decoupled, a step", "image tower of REPA, a step", "alignment head", "perceptual network", "alignment encoder", "alignment projector"]
+NAMES = ["vision encoder", "projector", "language model", "reducer", "pixel decoder, a step", "distilled decoder, its one step", "VAE asymmetric-autoencoder-kl-x-2", "VAE stable-diffusion-3-medium-diffusers", "latent diffusion decoder, a step", "image tower, a step", "image tower of Decoupled, a step", "image tower of REPA, a step", "alignment head", "perceptual network", "alignment encoder", "alignment projector"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,7 +200,7 @@ def test_a_real_training_step_peaks_where_the_rule_says(stage, batch, monkeypatc
             for average, each in zip(averages, own): average.update(each.module)
     train()  # first use of kernels
     measured = peak_bytes(train)
-    assert 0.95 * said["at_least"] < measured < 1.1 * said["total"], (said, measured)
+    assert 0.95 * said["at_least"] < measured < 1.05 * said["total"], (said, measured)  # a twentieth for workspaces of kernels, which the rule leaves out
 
 
 def fake_vision(): return module.SimpleNamespace(hidden_size=128, grid=(8, 8))
@@ -221,13 +225,49 @@ def test_what_is_fixed_follows_from_the_counts():
     assert row["memory_gib"] == pytest.approx(found["total"] / 2**30, abs=1e-3) and row["at_least_gib"] == pytest.approx(found["at_least"] / 2**30, abs=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["decoder-ldm", "generator"])
-def test_sharding_divides_and_ddp_adds_buckets(stage):
+@pytest.mark.parametrize("stage,frozen", [("decoder-ldm", {"VAE asymmetric-autoencoder-kl-x-2", "reducer"}), ("generator", {"reducer", "pixel decoder, a step"}), ("generator-repa", {"VAE stable-diffusion-3-medium-diffusers"})])
+def test_sharding_divides_what_is_trained_alone(stage, frozen):
     alone, ddp, fsdp, more = memory_of(stage, batch=8), memory_of(stage, batch=8, sharding="ddp", gpus=8), memory_of(stage, batch=8, sharding="fsdp", gpus=8), memory_of(stage, batch=8, sharding="fsdp", gpus=64)
     assert ddp["total"] == alone["total"] + alone["gradients"]
-    for kind in ("weights", "gradients", "moments", "ema"): assert fsdp[kind] == pytest.approx(alone[kind] / 8, abs=1)
-    assert alone["activations"] == fsdp["activations"] and alone["total"] > fsdp["total"] > more["total"] > more["activations"]
+    for kind in ("gradients", "moments", "ema"): assert alone[kind] / 8 <= fsdp[kind] < 1.001 * alone[kind] / 8
+    count = {each["name"]: each["parameters"] for each in paper()["parts"]}
+    published = {"vision encoder"} | ({"projector", "language model"} if stage.startswith("generator") else set())
+    whole = 4 * sum(count[name] for name in frozen) + 2 * sum(count[name] for name in published)  # the loop tells FSDP to leave frozen parts alone
+    assert fsdp["weights"] == whole + fsdp["gradients"] and alone["weights"] == whole + alone["gradients"]
+    assert alone["activations"] == fsdp["activations"] and alone["total"] > fsdp["total"] > more["total"] > more["activations"] + whole
     assert memory_of(stage, batch=8, ema="cpu")["ema"] == 0 < alone["ema"]
+
+
+def test_a_stage_holds_its_own_vae():
+    count = {each["name"]: each["parameters"] for each in paper()["parts"]}
+    assert count["VAE stable-diffusion-3-medium-diffusers"] == 83_819_683  # as diffusers counts SD3's
+    vugen, decoupled = memory_of("generator", batch=8), memory_of("generator-decoupled", batch=8)
+    other = count["image tower of Decoupled, a step"] - count["image tower, a step"]
+    assert decoupled["weights"] - vugen["weights"] == 4 * (other + 83_819_683 - count["reducer"] - count["pixel decoder, a step"])
+
+
+def test_micro_batches_keep_whole_gradients_under_fsdp():
+    part, setup = load_preset("paper-imagenet").stage("generator"), Setup(batch=8, sharding="fsdp", gpus=8)
+    one, two = (stage_memory("generator", replace(part, recipe=replace(part.recipe, gradient_accumulation=number)), all_parts(), setup) for number in (1, 2))
+    assert two["copies"] - one["copies"] == 4 * paper_parts()["image tower, a step"].trainable()
+
+
+CASES = [(precision, batch) for precision in ("bf16", "fp32") for batch in (24, 2000)]
+
+
+def test_two_processes_under_fsdp_hold_no_more_than_the_rule_says(tmp_path):
+    """FSDP 2 itself, with the precision that the loop gives it, AdamW and moving average: weights outweigh activations, and the other way round."""
+    from shards_probe import Network
+    probe, cases = Path(__file__).with_name("shards_probe.py"), [f"{precision}:{batch}" for precision, batch in CASES]
+    first, second = (subprocess.Popen([sys.executable, str(probe), rank, str(tmp_path), *cases], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in "01")
+    out, err = first.communicate(timeout=400)
+    assert first.returncode == 0 == second.wait(timeout=60), err
+    measured = json.loads(next(line for line in out.splitlines() if line.startswith("measured")).removeprefix("measured"))
+    ghost = Network().to("meta")
+    network = module.Part("network", "toy", ghost, lambda batch: ghost(torch.zeros(batch, 16, device="meta")))
+    for precision, batch in CASES:
+        said = stage_memory("toy", StagePreset({}, Recipe(1, 2 * batch, ema_decay=0.9)), [network], Setup(batch=batch, precision=precision, sharding="fsdp", gpus=2))
+        assert 0.95 * said["at_least"] < measured[f"{precision}:{batch}"] < said["total"] < 1.5 * measured[f"{precision}:{batch}"], (precision, batch, said, measured)
 
 
 def test_distillation_holds_its_teacher_and_its_judges():
@@ -236,10 +276,12 @@ def test_distillation_holds_its_teacher_and_its_judges():
     assert alone["gradients"] - taught["gradients"] == 4 * count["reducer"] and taught["activations"] / alone["activations"] == pytest.approx(1, rel=0.01)
 
 
-def test_fsdp_keeps_what_stands_outside_of_stacks_and_two_blocks():
-    kept = memory_of("generator", batch=8, sharding="fsdp", gpus=8)["copies"]
-    embeddings, block = 128_256 * 2048, 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048
-    assert 2 * (embeddings + 2 * block) + 4 * block < kept < 1.2 * (2 * (embeddings + 2 * block) + 4 * block)
+def test_fsdp_gathers_blocks_of_what_is_trained_in_turn():
+    gathered, tower = memory_of("generator", batch=8, sharding="fsdp", gpus=8)["copies"], paper_parts()["image tower, a step"]
+    block, vectors = 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048, 16 * 2 * 2048 + 2048 + 3 * 2048 + 64
+    outside = tower.trainable() - 16 * block  # and nothing of the frozen language model, whose embeddings alone have 263 million
+    assert gathered == 3 * 2 * block + 2 * block + 2 * 4 * block + (2 + 2 + 4) * outside + 4 * vectors
+    assert gathered < memory_of("generator", batch=8, precision="bf16")["copies"]  # less than the copies that autocast would keep
 
 
 def test_a_gathered_model_is_never_larger_than_whole():
@@ -281,6 +323,5 @@ def test_unknown_models_are_refused_in_a_sentence(tmp_path):
 
 
 def write_preset(folder):
-    import json
     (folder / "one.json").write_text(json.dumps({"name": "one", "world": {"image_size": 32}, "stages": {"vae": load_preset("tiny").to_dict()["stages"]["vae"]}}))
     return folder / "one.json"

@@ -94,7 +94,7 @@ def test_what_is_held_out_is_measured_and_fits_no_probe(held, tmp_path, monkeypa
     preset, drawn = load_preset("smoke"), []
     monkeypatch.setattr(stage_module, "scene_batch", lambda world, *rest: drawn.append((world, scene_batch(world, *rest))) or drawn[-1][1])
     stage = ContrastiveStage(dataclasses.replace(preset, world={**preset.world, "held_out": held}), tmp_path)
-    stage.finish(stage.build().eval(), tmp_path)
+    stage.measure(stage.build().eval(), tmp_path)
     counts = {"train": 0, "test": 0}
     for world, data in drawn:
         counts[world.split] += 1
@@ -115,7 +115,8 @@ def test_probe_rows_split_by_index():
 def test_stage_makes_a_folder_that_loads(tmp_path):
     stage = ContrastiveStage(load_preset("smoke"), tmp_path)
     model = stage.build().eval()
-    rows = stage.finish(model, tmp_path)
+    stage.save(model, tmp_path)
+    rows = stage.measure(model, tmp_path)
     loaded = ContrastiveModel.from_pretrained(tmp_path)
     images = stage.batch([0, 1])["images"]
     assert torch.equal(loaded.score(images, ["a red circle"]), model.score(images, ["a red circle"]))

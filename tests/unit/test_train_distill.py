@@ -132,7 +132,7 @@ def test_noise_on_latents_is_uniform_in_its_strength(root):
 def test_a_stage_evaluates_what_it_wrote(kind, model, root):
     stage = stage_of(kind, root, model, teacher_steps=2, pool=0, weights="fp16")
     module = stage.build()
-    with torch.no_grad(): rows = stage.finish(module.eval(), root / kind.name)
+    with torch.no_grad(): stage.save(module.eval(), root / kind.name); rows = stage.measure(module, root / kind.name)
     again, images = PixelAutoencoder.from_pretrained(root, kind.name, stage.encoder), stage.held_out()["scenes"]
     ours = next(row for row in rows if row["category"] in ("distilled, 1 step", "feed-forward") and row["metric"] == "PSNR")
     assert ours["value"] == pytest.approx(psnr(images, again.reconstruct(images)).double().mean().item(), abs=1e-4) and ours["n"] == 6
@@ -217,3 +217,23 @@ def test_an_interrupted_distillation_resumes_to_the_same_weights(root):
     assert train("parts", stop_after=2)["status"] == "stopped" and train("parts", resume=True)["status"] == "finished"
     whole, parts = (load_decoder(root / folder / "pixel_decoder").state_dict() for folder in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+class Loop:
+    "The accelerator of a loop in bf16."
+    device = torch.device("cpu")
+    def autocast(self): return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def test_lessons_are_taught_in_the_trainings_precision(root):
+    "They are made in a background thread, which inherits no autocast."
+    from concurrent.futures import ThreadPoolExecutor
+    stage = stage_of(DistillStage, root, {}, teacher_steps=2, pool=0)
+    module, seen = stage.build(), set()
+    next(part for part in module.teacher.modules() if isinstance(part, torch.nn.Conv2d)).register_forward_hook(lambda part, inputs, output: seen.add(output.dtype))
+    with ThreadPoolExecutor(1) as background:
+        plain = background.submit(stage.lesson, [0, 1]).result()
+        stage.accelerator = Loop()
+        eased = background.submit(stage.lesson, [0, 1]).result()
+    assert seen == {torch.float32, torch.bfloat16} and all(value.dtype == torch.float32 for value in eased.values())
+    assert (plain["painted"] - eased["painted"]).abs().mean() < 0.02

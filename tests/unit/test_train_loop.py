@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from vugen.errors import UserError
-from vugen.train.loop import Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.loop import _shard_precision, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 
@@ -34,8 +37,9 @@ class Stage:
         loss = (module(batch["inputs"])[:, 0] - batch["inputs"].sum(1) + 0.1 * torch.randn(len(batch["inputs"]), generator=generator)).square().mean()
         return loss, {"error": loss.detach().sqrt()}
 
-    def finish(self, module, out):
-        save_file({"weight": module[1].weight.detach().clone()}, out / "model.safetensors")
+    def save(self, module, out): save_file({"weight": module[1].weight.detach().clone()}, out / "model.safetensors")
+
+    def measure(self, module, out):
         return {"weight": module[1].weight.detach().norm()}
 
 
@@ -154,13 +158,43 @@ def test_an_unfinished_run_is_not_begun_again_by_accident(tmp_path):
     check_free(tmp_path / "out", tmp_path / ".state-out", resume=False, overwrite=True)
 
 
-def test_a_failing_evaluation_leaves_no_checkpoint_and_resumes_into_it(tmp_path):
+def test_weights_that_cannot_be_written_leave_no_half_checkpoint(tmp_path):
     stage, recipe = make()
-    stage.finish = lambda module, out: (out / "half.safetensors").write_bytes(b"half") and None or 1 / 0
+    stage.save = lambda module, out: (out / "half.safetensors").write_bytes(b"half") and None or 1 / 0
     with pytest.raises(ZeroDivisionError): run(stage, recipe, tmp_path / "out", show=False)
     assert [path.name for path in tmp_path.iterdir()] == [".state-out"]
-    del stage.finish
+    del stage.save
     assert run(stage, recipe, tmp_path / "out", resume=True, show=False)["status"] == "finished"
+
+
+def failing(module, out): raise MemoryError("no room for\n5,000 pictures")
+
+
+def test_a_failing_evaluation_leaves_a_checkpoint_and_the_same_command_measures_it(tmp_path, monkeypatch):
+    stage, recipe = make()
+    expected = run(stage, recipe, tmp_path / "whole", show=False)["record"]["rows"]
+    stage.measure = failing
+    with pytest.raises(UserError, match=r"weights are written to .*out and can be used.*MemoryError: no room for\): .*same command again") as caught: run(stage, recipe, tmp_path / "out", show=False)
+    assert "\n" not in str(caught.value) and isinstance(caught.value.__cause__, MemoryError)
+    record, card = json.loads((tmp_path / "out/run.json").read_text()), (tmp_path / "out/README.md").read_text()
+    assert record["unmeasured"] and record["rows"] == [] and record["steps"] == 12 and "Not measured yet" in card
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes() and (tmp_path / "out/log.jsonl").exists()
+    del stage.measure
+    monkeypatch.setattr(stage, "loss", lambda *_: pytest.fail("it learned again"))
+    result = run(stage, recipe, tmp_path / "out", show=False)  # without resume, as the command was
+    assert result["status"] == "finished" and result["record"]["rows"] == expected
+    assert "unmeasured" not in json.loads((tmp_path / "out/run.json").read_text()) and "Not measured yet" not in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(UserError, match="--overwrite"): run(stage, recipe, tmp_path / "out", show=False)
+
+
+def test_an_evaluation_goes_on_only_with_its_own_training(tmp_path):
+    stage, recipe = make()
+    stage.measure = failing
+    with pytest.raises(UserError, match="evaluation failed"): run(stage, recipe, tmp_path / "out", show=False)
+    other, faster = make(learning_rate=0.02)
+    with pytest.raises(UserError, match="recipe.learning_rate = 0.01"): run(other, faster, tmp_path / "out", show=False)
+    with pytest.raises(UserError, match="holds no state.*use the weights as they are"): run(stage, recipe, tmp_path / "out", state=tmp_path / "elsewhere", show=False)
+    assert run(other, faster, tmp_path / "out", overwrite=True, show=False)["status"] == "finished"
 
 
 def test_a_failing_batch_ends_the_run_with_its_own_error(tmp_path):
@@ -326,3 +360,34 @@ def test_a_state_from_before_a_key_was_known_counts_as_its_default():
     old = {"recipe": {"steps": 12, "learning_rate": 0.1}}
     new = {"recipe": {"steps": 12, "learning_rate": 0.1, "gradient_checkpointing": False, "ema_start": 0, "ema_device": "same"}}
     assert not differences(old, new) and differences(old, {"recipe": {**new["recipe"], "ema_start": 5}}) == {"recipe.ema_start": (0, 5)}
+
+
+class AsOnGPU(TorchFunctionMode):
+    "Casts inputs as CUDA's autocast does."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        from vugen.lab.describe import EXACT, PRODUCTS
+        name = getattr(func, "__name__", "")
+        wanted = torch.bfloat16 if name in PRODUCTS else torch.float32 if name in EXACT else None
+        def cast(value): return value.to(wanted) if wanted and torch.is_tensor(value) and value.dtype in (torch.float32, torch.bfloat16) else value
+        return func(*tree_map(cast, args), **tree_map(cast, kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "decoder", "decoder-ldm", "vlm", "generator", "generator-repa", "distill"])
+def test_every_stage_learns_with_weights_gathered_as_bf16(name):
+    "What FSDP gives a block on a GPU: bf16 weights, inputs as they come, autocast around; no operation may meet two dtypes that it cannot join."
+    stage = smoke_stage(name)
+    module = training_mode(stage.build())
+    stage.ready(module, 0, 1) if hasattr(stage, "ready") else None
+    exact = stage.loss(module, stage.batch([0, 1, 2]), torch.Generator().manual_seed(2))[0].item()
+    for value in module.parameters():
+        if value.requires_grad: value.data = value.data.bfloat16()
+    with AsOnGPU(): loss, _ = stage.loss(module, stage.batch([0, 1, 2]), torch.Generator().manual_seed(2))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.05)
+
+
+def test_fsdp_gathers_bf16_on_gpus_alone_and_never_batch_statistics():
+    def policy(precision, device, module=nn.Linear(2, 2)): return _shard_precision(SimpleNamespace(mixed_precision=precision, device=torch.device(device)), module)
+    found = policy("bf16", "cuda")
+    assert (found.param_dtype, found.reduce_dtype, found.output_dtype, found.cast_forward_inputs) == (torch.bfloat16, torch.float32, None, False)
+    assert policy("no", "cuda") is policy("bf16", "cpu") is policy("bf16", "cuda", nn.BatchNorm1d(2)) is None

@@ -49,6 +49,35 @@ def test_override_checks_the_new_recipe_and_leaves_the_old_preset_alone():
     assert json.dumps(load_preset("tiny").to_dict()) == before
 
 
+@pytest.mark.parametrize("stage,key,value,wanted", [
+    ("decoder", "recipe.learning_rate", "nan", "a number, such as 0.0015"), ("decoder", "recipe.learning_rate", "NaN", "a number"), ("decoder", "recipe.steps", "x", "a whole number, such as 3000"),
+    ("decoder", "recipe.steps", "2.5", "a whole number"), ("decoder", "recipe.gradient_checkpointing", "1", "true or false"), ("decoder", "recipe.betas", "[0.9]", "two numbers"), ("decoder", "recipe.betas", '["x", 0.9]', "a number"),
+    ("decoder", "recipe.epsilon", "0", "positive"), ("decoder", "model.ratio", "0", "at least 1"), ("decoder", "model.base_channels", "-8", "at least 1"), ("decoder", "options.mixture.scenes", "x", "a number, such as 0.8"),
+    ("decoder", "options.mixture", '{"scenes": "x"}', "a number"), ("distill", "options.teacher_steps", "0", "at least 1"), ("generator", "model.guidance_scale", "x", "a number, such as 2.0"), ("generator", "model.shift", "x", 'a number or "dimension"'),
+    ("generator", "options.pool", "-1", "at least 0"), ("contrastive", "world.colors", "red", "a list"), ("contrastive", "world.image_size", "x", "a whole number, such as 32")])
+def test_a_bad_value_is_told_with_its_key_and_what_is_wanted(stage, key, value, wanted):
+    with pytest.raises(UserError) as caught: override(load_preset("tiny"), stage, {key: value})
+    assert str(caught.value).startswith(key) and wanted in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stage,key,value,read", [
+    ("decoder", "recipe.learning_rate", ".001", 0.001), ("decoder", "recipe.learning_rate", "1", 1), ("decoder", "recipe.steps", "1e3", 1000), ("decoder", "model.ratio", "2.5", 2.5), ("decoder", "options.feature_weight", "0", 0), ("generator", "options.pool", "0", 0),
+    ("generator", "model.shift", "dimension", "dimension"), ("decoder", "options.alignment", "7", "7"), ("generator", "options.latent_cache", "folder", "folder"), ("decoder", "recipe.betas", "[0.5, 0.9]", (0.5, 0.9))])
+def test_a_good_value_is_read_as_what_it_replaces(stage, key, value, read):
+    part = override(load_preset("tiny"), stage, {key: value}).stage(stage)
+    place, name = key.split(".")
+    found = getattr(part.recipe, name) if place == "recipe" else getattr(part, place)[name]
+    assert found == read and type(found) is type(read)
+
+
+def test_the_value_that_stands_there_can_always_be_given_again():
+    for preset in PRESETS.values():
+        for name, part in preset.stages.items():
+            plain = json.loads(json.dumps({"recipe": asdict(part.recipe), "model": part.model, "options": part.options}))
+            again = override(preset, name, {f"{place}.{key}": value if isinstance(value, str) else json.dumps(value) for place, values in plain.items() for key, value in values.items()})
+            assert json.dumps(again.to_dict(), sort_keys=True) == json.dumps(preset.to_dict(), sort_keys=True)
+
+
 def test_the_fingerprint_follows_the_data_alone():
     tiny = load_preset("tiny")
     same = override(tiny, "contrastive", {"recipe.learning_rate": "0.5"})
@@ -115,9 +144,27 @@ def test_what_is_missing_is_said_in_one_sentence(name, stage, tmp_path, monkeypa
     text = str(caught.value)
     assert "corpus.path is not given" in text and "facebook/Perception-LM-1B" in text and text.count(".\n") == 0 and text.endswith(".")
     (tmp_path / "config.json").write_text("{}")
-    given = override(load_preset(name), stage, {"corpus.path": str(tmp_path), **({"model.vlm": str(tmp_path)} if stage == "generator" else {"options.encoder": str(tmp_path), "options.alignment": str(tmp_path)})})
+    given = override(load_preset(name), stage, {"corpus.path": str(tmp_path), **({"model.vlm": str(tmp_path)} if stage == "generator" else {"options.encoder": str(tmp_path), "options.alignment": str(tmp_path), "options.perceptual": "none"})})
     check_inputs(given, stage)
+    if stage == "decoder":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="lpips-vgg needs the package lpips.*perceptual=lpips-vgg:FOLDER"): check_inputs(override(given, stage, {"options.perceptual": "lpips-vgg"}), stage)
+        with pytest.raises(UserError, match="none.pth, do not exist"): check_inputs(override(given, stage, {"options.perceptual": "lpips-vgg:none.pth"}), stage)
     with pytest.raises(UserError, match="is not a folder"): check_inputs(override(given, stage, {"corpus.path": str(tmp_path / "none"), "corpus.kind": "images"}), stage)
+
+
+def test_a_published_vae_is_looked_for_before_anything_large_is_fetched(tmp_path, monkeypatch):
+    from vugen.encode import encoders
+    from vugen.train.presets import missing_inputs
+    fetched = []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(encoders, "locate", fetched.append)
+    given = override(load_preset("paper-imagenet"), "decoder-ldm", {"corpus.path": str(tmp_path), "options.vae": str(tmp_path / "none")})
+    assert missing_inputs(given, "decoder-ldm") == [f"the VAE {tmp_path / 'none'} does not exist"] and fetched == ["facebook/Perception-LM-1B"]
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    assert missing_inputs(override(given, "decoder-ldm", {"options.vae": str(tmp_path)}), "decoder-ldm") == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs the package diffusers" in missing_inputs(given, "decoder-ldm")[0]
 
 
 def test_a_corpus_survives_json_and_changes_the_fingerprint(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFUSERS_VAES', 'Posterior', 'as_posterior', 'LatentAutoencoder', 'PlainResBlock', 'conv_encoder', 'conv_decoder',
-           'ConvVAE', 'vae_loss', 'diffusers_class', 'DiffusersVAE', 'load_whole', 'load_vae']
+           'ConvVAE', 'vae_loss', 'diffusers_class', 'find_diffusers_vae', 'DiffusersVAE', 'load_whole', 'load_vae']
 
 # %% ../../nbs/decode/vae.ipynb #ea6be021
 import json
@@ -168,6 +168,18 @@ def _hub_config(name: str) -> tuple:
         except Exception as error: reason = error  # a missing file, a repository that is not there, no connection: diffusers raises several kinds
     raise UserError(f"{name} is neither a folder here nor a hub repository with a VAE that can be reached ({type(reason).__name__}): check the name or the connection.") from reason
 
+# %% ../../nbs/decode/vae.ipynb #a7c31f0e
+def find_diffusers_vae(name: str | Path) -> tuple:  # folder or hub id → source, keyword arguments and class for diffusers
+    "Where a published VAE lies and what it is, from its configuration alone; a `UserError` where there is none."
+    folder, place = Path(name).expanduser(), {}
+    if folder.exists() and not folder.is_dir(): raise UserError(f"{name} is a file: give the folder of a VAE.")
+    if not folder.is_dir() and str(name).count("/") != 1: raise UserError(f"{name} does not exist: give the folder of a VAE or a hub id such as owner/model.")
+    if folder.is_dir(): source, config = _local_config(folder, str(name))
+    else: source, (place, config) = str(name), _hub_config(str(name))
+    kind = config.get("_class_name")
+    if kind not in DIFFUSERS_VAES: raise UserError(f"{name} holds {'a ' + str(kind) if kind else 'no model of diffusers'}: give one of {', '.join(DIFFUSERS_VAES)}.")
+    return source, place, kind
+
 # %% ../../nbs/decode/vae.ipynb #e96c6873
 class DiffusersVAE(LatentAutoencoder):
     "A frozen published VAE under our interface."
@@ -197,13 +209,7 @@ class DiffusersVAE(LatentAutoencoder):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "DiffusersVAE":  # folder or hub id
         "Load a published VAE, frozen."
-        folder, place = Path(name).expanduser(), {}
-        if folder.exists() and not folder.is_dir(): raise UserError(f"{name} is a file: give the folder of a VAE.")
-        if not folder.is_dir() and str(name).count("/") != 1: raise UserError(f"{name} does not exist: give the folder of a VAE or a hub id such as owner/model.")
-        if folder.is_dir(): source, config = _local_config(folder, str(name))
-        else: source, (place, config) = str(name), _hub_config(str(name))
-        kind = config.get("_class_name")
-        if kind not in DIFFUSERS_VAES: raise UserError(f"{name} holds {'a ' + str(kind) if kind else 'no model of diffusers'}: give one of {', '.join(DIFFUSERS_VAES)}.")
+        source, place, kind = find_diffusers_vae(name)
         return cls(load_whole(diffusers_class(kind), source, place))
 
 # %% ../../nbs/decode/vae.ipynb #77414f31

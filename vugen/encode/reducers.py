@@ -18,9 +18,9 @@ from ..models.saving import PretrainedMixin, read_config
 # %% ../../nbs/encode/reducers.ipynb #66240096
 def flatten_tokens(
     tokens: torch.Tensor,  # [..., D]
-) -> torch.Tensor:  # [number of tokens, D] in float64, on the CPU
+) -> torch.Tensor:  # [number of tokens, D] in float64, where they lie
     "All tokens of a batch as rows, ready to be summed without rounding trouble."
-    return tokens.detach().reshape(-1, tokens.shape[-1]).to("cpu", torch.float64)
+    return tokens.detach().reshape(-1, tokens.shape[-1]).to("cpu" if tokens.device.type == "mps" else tokens.device, torch.float64)  # Apple's GPUs know no float64
 
 # %% ../../nbs/encode/reducers.ipynb #18807004
 class RunningMoments:
@@ -40,7 +40,7 @@ class RunningMoments:
             raise UserError(f"The tokens have {rows.shape[1]} channels, but {len(self.mean)} were promised; use the encoder's own hidden_size.")
         if not len(rows): return self
         centred = rows - rows.mean(0)
-        return self.merge(len(rows), rows.mean(0), centred.T @ centred)
+        return self.merge(len(rows), rows.mean(0).cpu(), (centred.T @ centred).cpu())
 
     def merge(self, count, mean, scatter):
         "Merge in another stream's count, mean [D] and scatter matrix [D, D]."

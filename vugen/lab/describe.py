@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,20 +18,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ..data.scenes import World
 from ..errors import UserError
 from ..train.presets import load_preset
 
 # %% auto #0
-__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED_VAES', 'PUBLISHED', 'FROZEN', 'SHARDINGS', 'PRECISIONS',
-           'EMA_PLACES', 'RULE', 'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved',
-           'saved_bytes', 'Part', 'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts',
+__all__ = ['PRODUCTS', 'EXACT', 'CAPTION_TOKENS', 'PUBLISHED', 'FROZEN', 'AT_REST', 'SHARDINGS', 'PRECISIONS', 'EMA_PLACES',
+           'RULE', 'gigaflops', 'Keeping', 'fused_attention', 'fused_rms_norm', 'OnGPU', 'Saved', 'saved_bytes', 'Live',
+           'live_bytes', 'Part', 'encoder_parts', 'decoder_parts', 'pixel_step', 'latent_decoder_parts',
            'one_step_parts', 'language_parts', 'tower_part', 'generator_parts', 'tower_counts', 'Tower',
-           'alignment_part', 'vae_sizes', 'baseline_parts', 'parser_parts', 'scene_parts', 'published', 'published_vlm',
-           'published_vae', 'pretrained_parts', 'VGGPerceptual', 'judge_parts', 'paper_parts', 'parts_of', 'lit_parts',
-           'optional_parts', 'Setup', 'settled', 'unit_sizes', 'stage_memory', 'drawing_costs', 'describe']
+           'alignment_part', 'vae_title', 'vae_of', 'vae_part', 'baseline_parts', 'parser_parts', 'scene_parts',
+           'published', 'published_vlm', 'published_vae', 'pretrained_parts', 'VGGPerceptual', 'judge_parts',
+           'paper_parts', 'parts_of', 'lit_parts', 'optional_parts', 'Setup', 'settled', 'unit_sizes', 'shard_size',
+           'stage_memory', 'frozen_of', 'drawing_costs', 'describe']
 
 # %% ../../nbs/lab/describe.ipynb #0191d5ca
 def gigaflops(run: Callable) -> float:  # 10⁹ floating point operations; a multiplication and an addition are two
@@ -52,10 +55,11 @@ class Keeping(torch.autograd.Function):
     def forward(ctx, shape, rows, keeps_result, *inputs):  # rows: numbers in fp32 that it keeps besides
         result = inputs[0].new_empty(shape)
         ctx.save_for_backward(*inputs, *([result] if keeps_result else []), inputs[0].new_empty(rows, dtype=torch.float32))
+        ctx.number = len(inputs)
         return result
 
     @staticmethod
-    def backward(ctx, *gradients): raise NotImplementedError("shapes have no gradients")
+    def backward(ctx, gradient): return None, None, None, *(torch.empty_like(each) for each in ctx.saved_tensors[:ctx.number])  # of the right shape; nothing asks for its values
 
 
 def fused_attention(query, key, value, attn_mask=None, **_):
@@ -75,9 +79,9 @@ _FUSED = {"scaled_dot_product_attention": fused_attention, "rms_norm": fused_rms
 class OnGPU(TorchFunctionMode):
     "While it is on, operations keep for the backward pass what they would keep on a GPU, in fp32 or under bf16 autocast."
 
-    def __init__(self, precision):  # "fp32" or "bf16"
+    def __init__(self, precision, copied=lambda copy: None):  # "fp32" or "bf16"; called with each new copy of a weight
         super().__init__()
-        self.precision, self.copies = precision, {}
+        self.precision, self.copied, self.copies = precision, copied, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = _NAMES.get(getattr(func, "__name__", ""), getattr(func, "__name__", ""))
@@ -89,7 +93,7 @@ class OnGPU(TorchFunctionMode):
         "A floating point tensor in another dtype; the copy of a trained weight is made once."
         if not torch.is_tensor(value) or value.dtype not in (torch.float32, torch.bfloat16) or value.dtype == dtype: return value
         if not (isinstance(value, nn.Parameter) and value.requires_grad): return value.to(dtype)
-        if id(value) not in self.copies: self.copies[id(value)] = value.to(dtype)
+        if id(value) not in self.copies: self.copies[id(value)] = value.to(dtype); self.copied(self.copies[id(value)])
         return self.copies[id(value)]
 
 # %% ../../nbs/lab/describe.ipynb #9e43e59f
@@ -111,6 +115,51 @@ def saved_bytes(run: Callable,  # a forward pass whose result is differentiated
     copies = {key(value): value.untyped_storage().nbytes() for value in rules.copies.values()}
     return Saved(sum(storage.nbytes() for name, storage in kept.items() if name not in own and name not in copies), sum(copies.values()))
 
+# %% ../../nbs/lab/describe.ipynb #3aef668b
+class Live(TorchDispatchMode):
+    "While it is on, the bytes of the tensors that operations made and that are still in use; `peak` is the most there were."
+
+    def __init__(self):
+        super().__init__()
+        self.level, self.peak, self.sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.note, result)
+        return result
+
+    def note(self, tensor):
+        "A tensor that is in use now; views of one storage count once."
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.sizes: return
+        self.sizes[key], self.level = size, self.level + size
+        self.peak = max(self.peak, self.level)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key): self.level -= self.sizes.pop(key, 0)
+
+    def leave_out(self, tensor):
+        "Not counted any more: it stands elsewhere in the sum."
+        self.level -= self.sizes.get(tensor.untyped_storage()._cdata, 0); self.sizes[tensor.untyped_storage()._cdata] = 0
+
+# %% ../../nbs/lab/describe.ipynb #b5b7ea32
+def live_bytes(run: Callable,  # a forward pass; if its result has gradients, they are computed too
+               module: nn.Module,  # its parameters, buffers and gradients are not counted
+               precision: str = "fp32") -> int:  # or "bf16"
+    "The most that the passing tensors of a training step on a GPU take at once."
+    live = Live()
+    for value in [*module.parameters(), *module.buffers()]: live.sizes[value.untyped_storage()._cdata] = 0
+    def learned(value): live.leave_out(value.grad); value.grad = None
+    hooks = [value.register_post_accumulate_grad_hook(learned) for value in module.parameters() if value.requires_grad]
+    try:
+        with live:
+            with OnGPU(precision, live.leave_out): result = run()
+            if torch.is_tensor(result) and result.requires_grad: result.backward()
+    finally:
+        for hook in hooks: hook.remove()
+    return live.peak
+
 # %% ../../nbs/lab/describe.ipynb #3d557842
 @dataclass
 class Part:
@@ -130,6 +179,14 @@ class Part:
         "What autograd would keep of one pass on a GPU, counted once."
         if (batch, precision) not in self.known: self.known[batch, precision] = saved_bytes(lambda: self.run(batch), self.module, precision)
         return self.known[batch, precision]
+
+    def passing(self, batch, precision, learning=True):  # learning: gradients go through it
+        "What one pass, or a training step, holds at once beyond what autograd keeps, counted once."
+        key = "passing", batch, precision, learning
+        if key not in self.known:
+            with torch.set_grad_enabled(learning): live = live_bytes(lambda: self.run(batch), self.module, precision)
+            self.known[key] = max(0, live - self.saved(batch, precision).activations) if learning else live
+        return self.known[key]
 
     def row(self):
         "What the table says of it."
@@ -182,11 +239,10 @@ def latent_decoder_parts(preset, world, vision, reducer):
     "The VAE and the latent diffusion decoder, where the preset has them."
     if "decoder-ldm" not in preset.stages: return []
     from vugen.decode.latent_diffusion import LatentDiffusionDecoder
-    from vugen.decode.vae import ConvVAE
-    vae, tokens = published_vae(preset.stage("decoder-ldm").options["vae"]) if preset.corpus else ConvVAE(**preset.stage("vae").model), vision.grid[0] * vision.grid[1]
+    vae, name, tokens = vae_of(preset, "decoder-ldm"), preset.stage("decoder-ldm").options["vae"], vision.grid[0] * vision.grid[1]
     decoder = LatentDiffusionDecoder(latent_dim=reducer.dim, image_size=world.image_size, grid_size=vision.grid[0], vae_channels=vae.latent_channels, vae_factor=vae.factor, **preset.stage("decoder-ldm").model)
     side = world.image_size // vae.factor
-    return [Part("VAE", "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, world.image_size)).mean).sum(), trained=preset.corpus is None),
+    return [vae_part(vae, name, world.image_size, trained=name in preset.stages),
             Part("latent diffusion decoder, a step", "decoder-ldm", decoder, lambda batch: decoder(_meta(batch, vae.latent_channels, side, side), _meta(batch) + 1, _meta(batch, tokens, reducer.dim)).sum())]
 
 # %% ../../nbs/lab/describe.ipynb #93e891e3
@@ -255,29 +311,35 @@ def alignment_part(stage, preset, width, vision, grid):  # width of the tower
     return Part("alignment head", stage, head, lambda batch: head(_meta(batch, tokens, width), _meta(batch, tokens, vision.hidden_size)).sum())
 
 
-PUBLISHED_VAES = {"stabilityai/stable-diffusion-3-medium-diffusers": (16, 8)}  # hub id: channels, pixels of a latent's side
+def vae_title(name):  # of options.vae: a stage, a hub id or a folder
+    "What the table calls a VAE."
+    return "VAE" if name == "vae" else f"VAE {Path(name).name}"
 
 
-def vae_sizes(preset, stage):  # a stage that samples a VAE's latents
-    "Channels of the VAE and pixels of a latent's side."
+def vae_of(preset, stage):
+    "The VAE that a stage names, untrained."
     from vugen.decode.vae import ConvVAE
     name = preset.stage(stage).options["vae"]
-    if name in PUBLISHED_VAES: return PUBLISHED_VAES[name]
-    if name not in preset.stages: raise UserError(f"the sizes of the VAE {name} are not known here: add them to PUBLISHED_VAES.")
-    vae = ConvVAE(**preset.stage(name).model)
-    return vae.latent_channels, vae.factor
+    return ConvVAE(**preset.stage(name).model) if name in preset.stages else published_vae(name)
+
+
+def vae_part(vae, name, size, trained=False):  # of options.vae; side of the pictures in pixels
+    "There and back."
+    return Part(vae_title(name), "vae", vae, lambda batch: vae.paint(vae.posterior(_pictures(batch, size)).mean).sum(), trained=trained)
 
 
 def baseline_parts(preset, world, vision, vlm):
     "The towers of the baselines, in the space of their VAE, and REPA's head."
     from vugen.generate.latent_spaces import patch_size_for
     if not {"generator-decoupled", "generator-repa"} <= set(preset.stages): return []
-    channels, factor = vae_sizes(preset, "generator-decoupled")
+    vae, name = vae_of(preset, "generator-decoupled"), preset.stage("generator-decoupled").options["vae"]
+    channels, factor = vae.latent_channels, vae.factor
     side, width = world.image_size // factor, vlm.language_model.config.hidden_size
     patch = patch_size_for((side, side), tuple(vision.grid))
     grid, dim = (side // patch,) * 2, channels * patch**2
     towers = [tower_part(f"image tower of {name}, a step", stage, preset, vlm, dim, grid) for name, stage in (("Decoupled", "generator-decoupled"), ("REPA", "generator-repa"))]
-    return [*towers, alignment_part("generator-repa", preset, width, vision, grid)]
+    own = [] if name in preset.stages else [vae_part(vae, name, world.image_size)]
+    return [*towers, *own, alignment_part("generator-repa", preset, width, vision, grid)]
 
 # %% ../../nbs/lab/describe.ipynb #d8e795ff
 def parser_parts(preset, world):
@@ -303,8 +365,11 @@ PUBLISHED = {  # sizes of models by hub id
         text=dict(model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=11_520),
         pooling=2),
     "facebook/dinov2-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, image_size=518, patch_size=14),
+    "stabilityai/stable-diffusion-3-medium-diffusers": dict(
+        kind="AutoencoderKL", down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_num_groups=32,
+        sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
     "cross-attention/asymmetric-autoencoder-kl-x-2": dict(
-        down_block_types=("DownEncoderBlock2D",) * 4, down_block_out_channels=(128, 256, 512, 512), layers_per_down_block=2, up_block_types=("UpDecoderBlock2D",) * 4, up_block_out_channels=(256, 512, 1024, 1024),
+        kind="AsymmetricAutoencoderKL", down_block_types=("DownEncoderBlock2D",) * 4, down_block_out_channels=(128, 256, 512, 512), layers_per_down_block=2, up_block_types=("UpDecoderBlock2D",) * 4, up_block_out_channels=(256, 512, 1024, 1024),
         layers_per_up_block=5, latent_channels=4, norm_num_groups=32, sample_size=32, scaling_factor=0.18215),
 }
 
@@ -329,10 +394,12 @@ def published_vlm(name):  # hub id in `PUBLISHED`, or a folder in transformers' 
 
 # %% ../../nbs/lab/describe.ipynb #cfeac8b8
 def published_vae(name):  # hub id in `PUBLISHED`, or a folder
-    "An asymmetric VAE of diffusers, untrained and frozen."
+    "A VAE of diffusers, untrained and frozen."
     from vugen.decode.vae import DiffusersVAE, diffusers_class
-    kind, folder = diffusers_class("AsymmetricAutoencoderKL"), Path(name).expanduser()
-    if not folder.is_dir(): return DiffusersVAE(kind(**published(name, "VAE")))
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        sizes = dict(published(name, "VAE"))
+        return DiffusersVAE(diffusers_class(sizes.pop("kind"))(**sizes))
     try: config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error: raise UserError(f"{folder}/config.json cannot be read: give the folder of a VAE of diffusers.") from error
     return DiffusersVAE(diffusers_class(config.get("_class_name", "AutoencoderKL")).from_config(config))
@@ -457,9 +524,10 @@ def optional_parts(preset) -> tuple:  # parts, and {stage: why it is left out}
     return found, notes
 
 # %% ../../nbs/lab/describe.ipynb #8f498020
-FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer", "VAE"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
+FROZEN = {"vlm": ("vision encoder",), "decoder": ("vision encoder",), "decoder-pca": ("vision encoder",), "decoder-ldm": ("vision encoder", "reducer"), "generator": ("vision encoder", "projector", "language model", "reducer", "pixel decoder, a step"),
           "distill": ("vision encoder", "reducer", "pixel decoder, a step"),
-          **{name: ("vision encoder", "projector", "language model", "VAE") for name in ("generator-decoupled", "generator-repa")}}
+          **{name: ("vision encoder", "projector", "language model") for name in ("generator-decoupled", "generator-repa")}}
+AT_REST = {"generator": ("pixel decoder, a step",)}  # held, but at work only when the training is over
 SHARDINGS, PRECISIONS, EMA_PLACES = ("none", "ddp", "fsdp"), ("fp32", "bf16"), ("gpu", "cpu")
 
 
@@ -498,30 +566,45 @@ def unit_sizes(module: nn.Module) -> tuple:  # parameters outside of stacks, and
     return sum(value.numel() for value in module.parameters()) - sum(sizes), sizes
 
 # %% ../../nbs/lab/describe.ipynb #ce27cd3a
-def _gathered(parts, setup):
-    "Bytes that FSDP holds whole at a time: all outside of stacks, two blocks, one block's gradients."
-    units = [(part, *unit_sizes(part.module)) for part in parts]
-    outside, blocks = sum(size for _, size, _ in units), sorted((size for _, _, sizes in units for size in sizes), reverse=True)
-    trained = max((size for part, _, sizes in units if part.trainable() for size in sizes), default=0)
-    return (2 if setup.precision == "bf16" else 4) * (outside + sum(blocks[:2])) + 4 * trained
+def shard_size(module: nn.Module, gpus: int) -> int:  # of the parameters that are trained
+    "Numbers of the largest shard: every parameter is cut along its first dimension."
+    return sum(-(-value.shape[0] // gpus) * (value.numel() // max(1, value.shape[0])) if value.ndim else 1 for value in module.parameters() if value.requires_grad)
+
+
+def _gathered(parts, setup):  # those that are trained
+    "Bytes that FSDP 2 holds whole at a time: all outside of stacks with its gradients; of blocks three gathered, one's gradients and two on their way into the sum, in fp32."
+    width, sizes = 2 if setup.precision == "bf16" else 4, [unit_sizes(part.module) for part in parts]
+    outside, block = sum(size for size, _ in sizes), max((size for _, blocks in sizes for size in blocks), default=0)
+    vectors = sum(value.numel() for part in parts for value in part.module.parameters() if value.ndim < 2)  # norms take theirs in fp32
+    return (2 * width + 4) * outside + (4 * width + 8) * block + (4 * vectors if width == 2 else 0)
 
 
 def stage_memory(stage, part, parts, setup=Setup()):  # StagePreset and every Part
     "Bytes that training the stage needs on each GPU, by kind."
-    own, held = [each for each in parts if each.stage == stage], [each for each in parts if each.stage == stage or each.name in FROZEN.get(stage, ())]
-    setup = settled(setup, part)
-    trained, share = sum(each.trainable() for each in own), setup.gpus if setup.sharding == "fsdp" else 1
+    own, held = [each for each in parts if each.stage == stage], [each for each in parts if each.stage == stage or each.name in frozen_of(stage, part)]
+    setup, learning = settled(setup, part), [each for each in own if each.trainable()]
+    trained, shared = sum(each.trainable() for each in own), setup.sharding == "fsdp"
+    piece = sum(shard_size(each.module, setup.gpus) for each in learning) if shared else trained  # what a GPU keeps of it
     frozen = sum((2 if each.half and setup.precision == "bf16" else 4) * (each.parameters() - (each.trainable() if each in own else 0)) for each in held)
-    kept = [each.saved(setup.batch, setup.precision) for each in own]
-    found = {"weights": (4 * trained + frozen) / share, "gradients": 4 * trained / share, "moments": 8 * trained / share, "ema": 4 * trained / share if part.recipe.ema_decay and setup.ema == "gpu" else 0,
-             "copies": _gathered(held, setup) if setup.sharding == "fsdp" else sum(each.copies for each in kept), "buckets": 4 * trained if setup.sharding == "ddp" else 0, "activations": sum(each.activations for each in kept)}
-    return {**{kind: int(value) for kind, value in found.items()}, "total": int(sum(found.values())), "at_least": int(sum(found.values()) - min(found["gradients"], found["activations"]))}
+    kept, idle = [each.saved(setup.batch, setup.precision) for each in own], [each for each in held if each not in own and each.name not in AT_REST.get(stage, ())]
+    looks = max((each.passing(setup.batch, setup.precision, False) for each in idle), default=0)
+    gathered = 4 * trained * (part.recipe.gradient_accumulation > 1) + _gathered(learning, setup) if shared else 0  # between micro-batches FSDP keeps gradients whole
+    found = {"weights": 4 * piece + frozen, "gradients": 4 * piece, "moments": 8 * piece, "ema": 4 * piece if part.recipe.ema_decay and setup.ema == "gpu" else 0,
+             "copies": gathered if shared else sum(each.copies for each in kept), "buckets": 4 * trained if setup.sharding == "ddp" else 0,
+             "activations": sum(each.activations for each in kept), "passing": looks + sum(each.passing(setup.batch, setup.precision) for each in own)}
+    spare = found["passing"] + min(found["gradients"], found["activations"]) + gathered
+    return {**{kind: int(value) for kind, value in found.items()}, "total": int(sum(found.values())), "at_least": int(sum(found.values()) - spare)}
 
 # %% ../../nbs/lab/describe.ipynb #5d3b711d
 FROZEN.update({"distill": ("vision encoder", "reducer", "pixel decoder, a step"), "decoder-feedforward": ("vision encoder", "reducer")})
 
+
+def frozen_of(stage, part):  # StagePreset
+    "Names of the frozen parts that a stage stands on, its own VAE among them."
+    return {*FROZEN.get(stage, ()), *([vae_title(part.options["vae"])] if part.options.get("vae") else [])}
+
 # %% ../../nbs/lab/describe.ipynb #e321a5ea
-RULE = ("Per GPU and trained parameter: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of moving average; per frozen one 4, or 2 for a published vision-language model in bf16. Activations and autocast's bf16 copies are what autograd would keep on a GPU, counted on shapes. "
+RULE = ("Per GPU and trained parameter: 4 bytes of weight, 4 of gradient, 8 of moments, 4 of moving average; per frozen one 4, or 2 for a published vision-language model in bf16. FSDP divides what is trained and keeps what is frozen whole. Activations, autocast's bf16 copies and tensors in passing are what a training step would hold on a GPU, counted on shapes. "
         "Not counted: the CUDA context, workspaces of kernels, the allocator's slack, and what gradient checkpointing saves.")
 
 

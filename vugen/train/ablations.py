@@ -34,7 +34,7 @@ from .cards import environment
 from .decoder import HELD_OUT, Pictures
 from .generator import held_out_prompts
 from .latent_decoder import load_latent_autoencoder
-from .loop import default_state, duration, run
+from .loop import default_state, duration, run, unmeasured
 from .presets import Preset, load_preset, override
 
 # %% auto #0
@@ -434,7 +434,7 @@ class Left(Exception):
 def train_part(part, out, root, command, show=True):
     "Train a part, or go on with it; nothing where it is finished. The content of its run.json."
     folder, home = part.folder(out), link_sources(part.sources, part.home(out), out, root)
-    if not (folder / "run.json").is_file():
+    if not (folder / "run.json").is_file() or unmeasured(folder):
         result = run(stage_kind(part.step.stage)(part.preset, home), part.preset.stage(part.step.stage).recipe, folder, resume=True, command=command, show=show)
         if result["status"] != "finished": raise Left(result)
     shutil.rmtree(default_state(folder), ignore_errors=True)

@@ -61,7 +61,7 @@ def model_card(run,  # the content of run.json
                title=None):  # headline; default "STAGE (PRESET)"
     "Markdown for the README.md beside the weights."
     table = "\n".join(f"| {key} | {value} |" for key, value in _facts(run).items())
-    rows = rows_table(run["rows"]) if run["rows"] else "This run reports no held-out figures."
+    rows = rows_table(run["rows"]) if run["rows"] else "Not measured yet: the training command, given again, goes on with the evaluation." if run.get("unmeasured") else "This run reports no held-out figures."
     parts = [f"# {title or run['stage'] + ' (' + run['preset'] + ')'}", run.get("about") or "", f"Trained with `{run['command']}`.", f"| | |\n|---|---|\n{table}",
              "## Held-out figures", rows, "## Recipe", _listing(run["recipe"]), "## Model", _listing(run["model"]), "## Options", _listing(run["options"])]
     if run.get("changes"): parts += ["## Changed on the way", _listing({f"from step {each['step']}": each["keys"] for each in run["changes"]})]

@@ -164,8 +164,9 @@ class ContrastiveStage:
 
     def loss(self, module, batch: dict, generator) -> tuple: return module(**batch)
 
-    def finish(self, module: ContrastiveModel, out: Path) -> list[dict]:
-        module.save_pretrained(out)
+    def save(self, module: ContrastiveModel, out: Path): module.save_pretrained(out)
+
+    def measure(self, module: ContrastiveModel, out: Path) -> list[dict]:
         seed, number, world = self.seed + HELD_OUT, self.part.options.get("evaluation", 1000), dataclasses.replace(self.world, split="test")
         retrieval = retrieval_rows(module, world, seed, number, self.part.recipe.batch_size)
         return [*probe_rows(module.vision, world, seed, number), *binding_rows(module, world, seed, number), *retrieval]

@@ -29,7 +29,7 @@ from ..encode.reducers import MLPReducer, PCAReducer
 from ..errors import UserError
 from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert, diffuse
-from .loop import stages_main
+from .loop import stage_device, stages_main
 from .presets import Preset, corpus_of
 
 # %% auto #0
@@ -236,7 +236,7 @@ def parser_rows(autoencoder: PixelAutoencoder, root: Path, world: World, seed: i
 # %% ../../nbs/train/decoder.ipynb #0f8b5983
 class DecoderStage:
     "Trains reducer and pixel decoder on a frozen encoder; the folder holds `reducer/` and `pixel_decoder/`."
-    name = "decoder"
+    name, measured_as_trained = "decoder", True
     about = "MLP reducer and pixel diffusion decoder, trained jointly on a frozen contrastive encoder (VUGEN stage 1)."
 
     def __init__(self,
@@ -290,11 +290,13 @@ class DecoderStage:
             images = self.pictures.images(self.seed + 1, list(range(start, min(start + 128, number))))
             with torch.no_grad(): yield module(images.to(device)).tokens
 
-    def finish(self, module: DecoderTraining, out: Path) -> list:
+    def save(self, module: DecoderTraining, out: Path):
         self.freeze(module)
         module.reducer.save_pretrained(out / "reducer")
         module.decoder.save_pretrained(out / "pixel_decoder")
         (out / "encoder.json").write_text(json.dumps(encoder_link(module.encoder)) + "\n")
+
+    def measure(self, module: DecoderTraining, out: Path) -> list:
         return self.evaluate(PixelAutoencoder(module.encoder, module.reducer, module.decoder).eval())
 
     def freeze(self, module):
@@ -322,9 +324,9 @@ class DecoderPCAStage(DecoderStage):
 
     def make_reducer(self, dim):
         if self.options.get("feature_weight"): raise UserError("options.feature_weight regularises a reducer that learns, and PCA does not: set it for the stage decoder.")
-        reducer = PCAReducer(self.encoder.hidden_size, dim)
-        for tokens in self.token_batches(self.encoder): reducer.partial_fit(tokens)
-        return reducer.finalize().fit_whitening(self.token_batches(self.encoder)).requires_grad_(False)
+        encoder, reducer = self.encoder.to(stage_device(self)), PCAReducer(self.encoder.hidden_size, dim)
+        for tokens in self.token_batches(encoder): reducer.partial_fit(tokens)
+        return reducer.finalize().to(stage_device(self)).fit_whitening(self.token_batches(encoder)).requires_grad_(False)
 
     def freeze(self, module): "PCA was frozen before training."
 

@@ -24,7 +24,7 @@ from ..evaluate.intervals import bootstrap_mean
 from ..models.flow import convert
 from ..models.saving import fingerprint
 from .decoder import HELD_OUT, DecoderStage, DecoderTraining, Pictures, add_latent_noise, parser_rows
-from .loop import stages_main
+from .loop import stage_autocast, stages_main
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'ONE_STEP', 'STAGES', 'TeacherPool', 'DistillTraining', 'FeedForwardTraining', 'paint_all',
@@ -124,10 +124,12 @@ class OneStepStage(DecoderStage):
         self.reducer = load_reducer(self.pair / "reducer")
         if self.options.get("weights", "fp32") not in WEIGHTS: raise UserError(f"options.weights is {self.options['weights']!r}: choose one of {', '.join(WEIGHTS)}.")
 
-    def finish(self, module: DecoderTraining, out: Path) -> list:
+    def save(self, module: DecoderTraining, out: Path):
         module.reducer.save_pretrained(out / "reducer")
         module.decoder.save_pretrained(out / "pixel_decoder", WEIGHTS[self.options.get("weights", "fp32")])
         (out / "encoder.json").write_text(json.dumps(encoder_link(module.encoder)) + "\n")
+
+    def measure(self, module: DecoderTraining, out: Path) -> list:
         written = load_decoder(out / "pixel_decoder").to(next(module.parameters()).device)
         return self.evaluate(PixelAutoencoder(module.encoder, module.reducer, written).eval())
 
@@ -162,8 +164,9 @@ class DistillStage(OneStepStage):
     def lesson(self, numbers: list) -> dict:
         "Latents and teacher's pictures of numbered pictures, on the CPU."
         device = next(self.module.parameters()).device
-        inputs = self.pictures.images(self.seed, numbers), self.latent_noise(numbers), self.noise(numbers)
-        return {name: value.cpu() for name, value in self.module.lesson(*(each.to(device) for each in inputs)).items()}
+        inputs = [each.to(device) for each in (self.pictures.images(self.seed, numbers), self.latent_noise(numbers), self.noise(numbers))]
+        with stage_autocast(self): lesson = self.module.lesson(*inputs)  # a background thread has no autocast of its own
+        return {name: value.float().cpu() for name, value in lesson.items()}
 
     def batch(self, indices: list) -> dict:
         numbers = self.pool.numbers(list(indices))

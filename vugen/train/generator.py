@@ -27,7 +27,7 @@ from ..generate.adapters import source_name, stage_vlm
 from ..models.flow import sample_time
 from ..models.saving import fingerprint
 from ..models.text import WordCodec, known_words
-from .loop import Progress, stages_main, step_seed
+from .loop import Progress, stage_device, stages_main, step_seed
 from .presets import corpus_of, data_fingerprint
 
 # %% auto #0
@@ -115,7 +115,7 @@ def _named(made):
 # %% ../../nbs/train/generator.ipynb #0a3f864a
 class GeneratorStage:
     "Image tower on ROOT/vlm and ROOT/decoder; judged by ROOT/parser"
-    name = "generator"
+    name, measured_as_trained = "generator", True
     about = "Text to image in the reduced space of understanding: a mixture of transformers beside a frozen vision–language model (VUGEN)."
 
     def __init__(self, preset, root):
@@ -222,8 +222,9 @@ class GeneratorStage:
         loss = module(latents, batch["ids"], batch["mask"], t, noise).mean()
         return loss, {"unexplained": loss.detach() / (latents - noise).square().mean()}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def save(self, module, out): module.save_pretrained(out)
+
+    def measure(self, module, out):
         world = dataclasses.replace(self.world, split="test")
         return evaluate_generator(module, self.parser, world, self.options.get("evaluation", 500), self.seed + 1_000_003)
 
@@ -333,8 +334,7 @@ class CorpusGeneratorStage(GeneratorStage):
         ids, mask = self.model.vlm.encode(["" if empty else self.prompt(caption) for empty, caption in zip(silent, told)])
         return {**made, "ids": ids, "mask": mask}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def measure(self, module, out):
         images, told = self.corpus.held_out(self.options.get("evaluation", 500))
         told, latents = [self.prompt(caption) for caption in told], torch.cat([module.encode_images(part) for part in images.split(TOGETHER)])
         return velocity_rows(module, latents, told, self.seed + 1_000_003) + self.unknown_row()
@@ -375,6 +375,7 @@ class DecoupledStage(GeneratorStage):
         model = decoupled(vlm, vae, self.world.image_size, vae_name=name, **self.settings())
         number = self.options.get("statistics", 2048)
         blocks = (list(range(start, min(start + 128, number))) for start in range(0, number, 128))
+        vae.to(stage_device(self))
         model.space.fit_whitening(self.images(block, stream=1) for block in blocks)
         return model
 
@@ -416,7 +417,9 @@ class REPAStage(DecoupledStage):
         metrics = {"unexplained": flow.detach() / (latents - noise).square().mean(), "alignment": alignment.detach()}
         return flow + self.options.get("alignment_weight", .5) * alignment, metrics
 
-    def finish(self, module, out): return super().finish(module.model, out)
+    def save(self, module, out): super().save(module.model, out)
+
+    def measure(self, module, out): return super().measure(module.model, out)
 
     @classmethod
     def on_corpus(cls): return CorpusREPAStage

@@ -100,10 +100,12 @@ class VAEStage(DecoderStage):
         number = self.options.get("statistics", 2048)
         for start in range(0, number, 128): yield self.pictures.images(self.seed + 1, list(range(start, min(start + 128, number)))).to(device)
 
-    def finish(self, module: VAETraining, out: Path) -> list:
+    def save(self, module: VAETraining, out: Path):
         vae = module.vae.eval()
-        device = next(vae.parameters()).device
-        vae.fit_scale(self.statistics(device)).save_pretrained(out)
+        vae.fit_scale(self.statistics(next(vae.parameters()).device)).save_pretrained(out)
+
+    def measure(self, module: VAETraining, out: Path) -> list:
+        vae, device = module.vae, next(module.vae.parameters()).device
         rows = [row for kind, images in self.held_out().items() for row in reconstruction_rows(vae.reconstruct, images.to(device), kind, "psnr")]
         return rows if self.corpus is not None else rows + parser_rows(vae, self.root, self.world, self.seed + HELD_OUT, self.options.get("evaluation", 500))
 
@@ -134,10 +136,12 @@ class LatentDecoderStage(DecoderStage):
                                          vae_channels=self.vae.latent_channels, vae_factor=self.vae.factor, **self.part.model)
         return LatentDecoderTraining(self.encoder, self.reducer, decoder.attach(self.vae), self.options)
 
-    def finish(self, module: LatentDecoderTraining, out: Path) -> list:
+    def save(self, module: LatentDecoderTraining, out: Path):
         module.reducer.save_pretrained(out / "reducer")
         module.decoder.save_pretrained(out / "latent_decoder")
         (out / "encoder.json").write_text(json.dumps(encoder_link(module.encoder)) + "\n")
+
+    def measure(self, module: LatentDecoderTraining, out: Path) -> list:
         return self.evaluate(PixelAutoencoder(module.encoder, module.reducer, module.decoder).eval())
 
     def evaluate(self, autoencoder: PixelAutoencoder) -> list:

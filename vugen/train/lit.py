@@ -207,8 +207,9 @@ class LiTStage:
 
     def loss(self, module, batch, generator): return module(**batch)
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def save(self, module, out): module.save_pretrained(out)
+
+    def measure(self, module, out):
         seed, number, world = self.seed + HELD_OUT, self.options.get("evaluation", 500), dataclasses.replace(self.world, split="test")
         named = naming_rows(module, self.world, self.names, seed, number, "emoji of training, new layouts")
         if self.unseen: named += naming_rows(module, self.world, self.unseen, seed, number, "emoji never seen or named in training")

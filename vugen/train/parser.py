@@ -320,8 +320,9 @@ class ParserStage:
 
     def loss(self, module, batch, generator): return parser_loss(module(batch["images"]), batch)
 
-    def finish(self, module, out: Path):
-        module.eval().save_pretrained(out)
+    def save(self, module, out: Path): module.eval().save_pretrained(out)
+
+    def measure(self, module, out: Path):
         return held_out_rows(module, self.world, self.part.recipe.seed, self.part.options.get("evaluation", 1000))
 
 # %% ../../nbs/train/parser.ipynb #9823f86e

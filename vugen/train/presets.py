@@ -12,7 +12,10 @@ __all__ = ['CORPUS', 'OPTIONAL', 'TINY_WORLD', 'SMALL_WORLD', 'TINY', 'SMOKE', '
 import copy
 import difflib
 import hashlib
+import importlib.util
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -53,6 +56,8 @@ def check_recipe(recipe):
     for key, low in _AT_LEAST.items():
         if not getattr(recipe, key) >= low: raise UserError(f"recipe.{key} is {getattr(recipe, key)!r}: give a number of at least {low}.")
     if not recipe.learning_rate > 0: raise UserError(f"recipe.learning_rate is {recipe.learning_rate!r}: give a positive number such as 0.001.")
+    if len(recipe.betas) != 2 or not all(0 <= beta < 1 for beta in recipe.betas): raise UserError(f"recipe.betas is {list(recipe.betas)!r}: give two numbers from 0 to below 1, such as [0.9, 0.95].")
+    if not recipe.epsilon > 0: raise UserError(f"recipe.epsilon is {recipe.epsilon!r}: give a positive number such as 1e-08.")
     if not recipe.ema_decay < 1: raise UserError(f"recipe.ema_decay is {recipe.ema_decay!r}: give a number below 1, such as 0.999.")
     if recipe.schedule not in ("constant", "cosine"): raise UserError(f"recipe.schedule is {recipe.schedule!r}: give 'constant' or 'cosine'.")
     if recipe.precision not in ("auto", "fp32", "bf16"): raise UserError(f"recipe.precision is {recipe.precision!r}: give 'auto', 'fp32' or 'bf16'.")
@@ -120,9 +125,48 @@ def preset_from_dict(data):  # what `Preset.to_dict` gives
     return Preset(data["name"], _world(data["world"]), {name: stage(name, part) for name, part in data["stages"].items()}, data.get("corpus"))
 
 # %% ../../nbs/train/presets.ipynb #c5c816c6
-def _value(text):  # "0.1", "true", "[1, 2]" or a bare word
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+def _value(text):  # "0.1", ".1", "true", "[1, 2]" or a bare word
+    if _NUMBER.fullmatch(text): return float(text) if re.search(r"[.eE]", text) else int(text)
     try: return json.loads(text)
     except ValueError: return text
+
+# %% ../../nbs/train/presets.ipynb #89a0d5b6
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list", dict: "keys with values"}
+_ALSO = {"model.shift": ("dimension",), "model.ratio": (float,), "model.guidance_interval": (None,), "world.emoji": (str,), "options.world.emoji": (str,), "corpus.path": (str, list), "corpus.template": (None,)}  # other kinds, or single values, that a key takes
+_NOUGHT = ("num_layers", "text_layers", "blocks", "shuffle_channels", "pool", "plain_steps", "alignment_layer", "questions", "held_out_names")  # whole numbers that may be 0
+
+
+def _read(text, old, key):  # what `--set` was given
+    "Read as JSON where it can be; a word that replaces a word stays as it is."
+    return text if not isinstance(text, str) or isinstance(old, str) and key not in _ALSO else _value(text)
+
+
+def _kind(value): return list if isinstance(value, tuple) else type(value)
+
+
+def _fitting(old, value, key):  # key: the whole path
+    "The value in the kind of the one that it replaces, or a `UserError` that names the key and what is wanted."
+    also = _ALSO.get(key, ())
+    if old is None or value in [each for each in also if not isinstance(each, type)]: return value
+    kinds = {_kind(old), *(each for each in also if isinstance(each, type))}
+    if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer(): value = int(value)
+    good = _kind(value) in kinds or (float in kinds and _kind(value) is int)
+    wanted = " or ".join([_WORDS[kind] for kind in sorted(kinds, key=list(_WORDS).index)] + [json.dumps(each) for each in also if not isinstance(each, type)])
+    if not good or isinstance(value, float) and not math.isfinite(value): raise UserError(f"{key} is {value!r}: give {wanted}, such as {json.dumps(old)}.")
+    if kinds == {list} and old and len({*map(_kind, old)}) == 1: return [_fitting(old[0], each, key) for each in value]
+    if isinstance(value, dict): return {name: _fitting(old[name], each, f"{key}.{name}") if name in old else each for name, each in value.items()}
+    return _large_enough(value, key, counts=int in kinds)
+
+
+def _large_enough(value, key, counts):  # counts: of things, not a weight or a share
+    "Sizes and numbers of a stage are at least 1, or 0 where that means none; weights and shares at least 0."
+    place, name = key.split(".")[0], key.split(".")[-1]
+    if place not in ("model", "options") or isinstance(value, bool) or not isinstance(value, (int, float)) or name == "guidance_scale": return value
+    low = 1 if counts and name not in _NOUGHT else 0
+    if value < low: raise UserError(f"{key} is {value!r}: give a number of at least {low}.")
+    return value
 
 # %% ../../nbs/train/presets.ipynb #55cfd700
 def _replace_in(tree, path, value, whole):
@@ -132,7 +176,7 @@ def _replace_in(tree, path, value, whole):
         known = list(tree) if isinstance(tree, dict) else []
         near = difflib.get_close_matches(key, known, 1)
         raise UserError(f"There is nothing called {whole!r} to set" + (f": did you mean {near[0]!r}?" if near else f": choose among {', '.join(map(str, known)) or 'the keys above it'}."))
-    return {**tree, key: _replace_in(tree[key], rest, value, whole) if rest else value}
+    return {**tree, key: _replace_in(tree[key], rest, value, whole) if rest else _fitting(tree[key], _read(value, tree[key], whole), whole)}
 
 # %% ../../nbs/train/presets.ipynb #df3fa411
 _LOSSES = dict(perceptual_weight=0.5, perceptual_size=64, alignment_weight=0.25, alignment_head="repa", time="logit-normal")
@@ -153,7 +197,7 @@ def override(preset,  # Preset
     "A copy of the preset with single values changed."
     tree = preset.to_dict()
     for path, value in settings.items():
-        parts, value = path.split("."), _value(value) if isinstance(value, str) else value
+        parts = path.split(".")
         if parts[0] == "corpus": tree["corpus"] = {**CORPUS, **(tree["corpus"] or {})}
         if parts[0] in ("world", "corpus"): tree = _replace_in(tree, parts, value, path)
         elif parts[0] in ("recipe", "model", "options"): preset.stage(stage); tree = _replace_in(_with_optional(tree, stage, parts), ["stages", stage, *parts], value, path)
@@ -371,6 +415,24 @@ def load_preset(name):  # one of PRESETS, or a JSON file written from `Preset.to
         raise UserError(f"The preset file {name} is not a preset ({error}): write it from `load_preset('tiny').to_dict()`.") from None
 
 # %% ../../nbs/train/presets.ipynb #65cc7dd1
+def _missing_judges(perceptual):  # options.perceptual
+    "What the perceptual network lacks, one clause."
+    network, _, place = perceptual.partition(":")
+    if place: return [] if Path(place).expanduser().exists() else [f"the weights of {network}, {place}, do not exist"]
+    if not network.startswith("lpips-") or importlib.util.find_spec("lpips"): return []
+    return [f"options.perceptual {network} needs the package lpips (install it, or add --set options.perceptual=lpips-vgg:FOLDER)"]
+
+
+def _missing_vae(name):  # options.vae
+    "What a published VAE lacks, one clause; only its configuration is fetched."
+    if "/" not in name: return []  # a stage's
+    if not importlib.util.find_spec("diffusers"): return [f"the VAE {name} needs the package diffusers (install it)"]
+    from vugen.decode.vae import find_diffusers_vae
+    try: find_diffusers_vae(name)
+    except UserError as error: return [f"the VAE {str(error).split(':')[0]}"]
+    return []
+
+
 def missing_inputs(preset,  # Preset
                    stage):  # name of a stage
     "What a stage on a corpus needs and does not find here, one clause each; empty for presets of scenes."
@@ -379,6 +441,7 @@ def missing_inputs(preset,  # Preset
     lacking = [] if path else ["corpus.path is not given (add --set corpus.path=PATH)"]
     if path and preset.corpus["kind"] == "images" and not Path(path).expanduser().is_dir(): lacking.append(f"corpus.path {path} is not a folder")
     from vugen.encode.encoders import locate
+    lacking += _missing_judges(part.options.get("perceptual") or "") + _missing_vae(part.options.get("vae") or "")  # before anything large is fetched
     published = (part.model.get("vlm"), part.options.get("encoder"), part.options.get("alignment"))
     for name in dict.fromkeys(name for name in published if name and "/" in name):  # in this order, each once; "none" and the judges of our own have no folder
         try: locate(name)

@@ -138,8 +138,9 @@ class VLMStage:
         loss, right = row_loss(module(batch["ids"], batch["mask"], images=batch["images"]), batch["labels"])
         return loss, {"words_right": right.detach()}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def save(self, module, out): module.save_pretrained(out)
+
+    def measure(self, module, out):
         return evaluate_vlm(module, held_out(self.world), self.options.get("evaluation", 500), self.seed + 1_000_003)
 
 def held_out(world):
@@ -243,8 +244,7 @@ class CorpusVLMStage(VLMStage):
         ids, mask, labels = label_ids(self.tokenizer, [[self.places, known_words(self.tokenizer, caption)[0]] for caption in told])
         return {"ids": ids, "mask": mask, "labels": labels, "images": images}
 
-    def finish(self, module, out):
-        module.save_pretrained(out)
+    def measure(self, module, out):
         images, told = self.corpus.held_out(self.options.get("evaluation", 500))
         return told_apart(module, images, [known_words(module.tokenizer, caption)[0] for caption in told])
 
