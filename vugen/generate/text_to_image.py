@@ -66,6 +66,7 @@ def check_interval(
     interval, # (from, to) in t, both included
 ) -> tuple[float, float]: # the same
     "Refuse what is no interval of times with a `UserError`"
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)): raise UserError(f"the guidance interval is {interval!r}: give two times such as [0.1, 1].")
     low, high = interval
     if not 0 <= low <= high <= 1: raise UserError(f"the guidance interval is {low:g} to {high:g}: give two times from 0 (noise) to 1 (data), the smaller one first.")
     return float(low), float(high)
