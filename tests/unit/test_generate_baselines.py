@@ -18,7 +18,7 @@ from vugen.evaluate.scene_parser import SceneParser
 from vugen.generate.baselines import (
     GENERATORS, AlignedGenerator, GridConvolution, alignment_head, alignment_layer, alignment_targets, decoupled, spatial_normalize, trained_generators)
 from vugen.generate.latent_spaces import LatentSpace, UnderstandingSpace, VAESpace, Whitening, patch_size_for
-from vugen.generate.text_to_image import TextToImage, latent_noise
+from vugen.generate.text_to_image import TextToImage, latent_noise, paint_with
 from vugen.generate.vlm import SceneVLM, world_words
 from vugen.lab.cli import STAGES, draw_chunks, main as program, stage_class
 from vugen.lab.describe import parts_of
@@ -414,6 +414,10 @@ def test_the_program_draws_with_the_named_generator(trained, tmp_path, capsys):
     for wrong, said in ((("--generator", "generator-other"), "generator-other"), (("--guidance-interval", 0.9, 0.1), "--guidance-interval"), (("--guidance-interval", 0, 2), "--guidance-interval")):
         capsys.readouterr()
         assert call(*common, *wrong, "--out", tmp_path / "three") == 2 and said in capsys.readouterr().err
+
+
+def test_a_generator_of_vae_latents_takes_no_other_decoder(model, trained):
+    with pytest.raises(UserError, match="paints them itself"): paint_with(model, trained / "decoder")
 
 
 def test_an_unknown_stage_of_the_module_is_refused(capsys):
