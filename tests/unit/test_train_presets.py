@@ -182,3 +182,15 @@ def test_a_corpus_survives_json_and_changes_the_fingerprint(tmp_path):
     assert load_preset(str(tmp_path / "mine.json")).corpus == given.corpus and {**paper.corpus, "path": str(tmp_path)}.items() <= given.corpus.items()
     assert data_fingerprint(override(paper, "generator", {"corpus.template": "A [CLS]."}), "generator") != data_fingerprint(paper, "generator")
     assert paper.corpus["template"] == "This is an image of a [CLS]." and load_preset("paper-stockmix").corpus["template"] is None
+
+
+def test_paths_of_a_corpus_stay_out_of_records_and_fingerprints(tmp_path):
+    from vugen.train.presets import check_inputs, corpus_record
+    def preset(place): return override(load_preset("paper-stockmix"), "decoder", {"corpus.kind": "images", "corpus.sets": json.dumps([[0.6, {"path": f"{place}/cc12m"}], [0.4, {"kind": "hub", "path": "owner/yfcc"}]]), "corpus.validation": f"{place}/coco"})
+    here, there = preset(tmp_path), preset("/elsewhere")
+    assert data_fingerprint(here, "decoder") == data_fingerprint(there, "decoder") != data_fingerprint(override(here, "decoder", {"corpus.sets": json.dumps([[1, {"path": "cc12m"}]])}), "decoder")
+    told = corpus_record(here.corpus)
+    assert told["sets"] == [[0.6, {"path": "cc12m"}], [0.4, {"kind": "hub", "path": "owner/yfcc"}]] and told["validation"] == {"path": "coco"} and str(tmp_path) not in json.dumps(told)
+    with pytest.raises(UserError, match="corpus.sets.0.path .*cc12m is not a folder; corpus.validation.path .*coco is not a folder"): check_inputs(here, "decoder")
+    named = [override(load_preset("paper-imagenet"), "decoder", {"corpus.path": path}) for path in ("one", "two/three")]
+    assert data_fingerprint(named[0], "decoder") == data_fingerprint(named[1], "decoder")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CORPUS', 'OPTIONAL', 'OPTIONAL_MODEL', 'TINY_WORLD', 'SMALL_WORLD', 'TINY', 'SMOKE', 'SMALL', 'PAPER_IMAGENET',
            'PAPER_STOCKMIX', 'PRESETS', 'GUIDANCE_INTERVAL', 'Recipe', 'check_recipe', 'StagePreset', 'Preset',
-           'corpus_of', 'preset_from_dict', 'override', 'data_fingerprint', 'baseline_stages', 'improvements',
-           'improved', 'load_preset', 'missing_inputs', 'check_inputs']
+           'corpus_of', 'corpus_record', 'preset_from_dict', 'override', 'data_fingerprint', 'baseline_stages',
+           'improvements', 'improved', 'load_preset', 'missing_inputs', 'check_inputs']
 
 # %% ../../nbs/train/presets.ipynb #1941d4ff
 import copy
@@ -90,15 +90,40 @@ CORPUS = dict(kind="images",  # "images" (a folder), "webdataset" (tar shards) o
               caption="caption",  # key of the caption: in metadata.jsonl, or a column
               template=None,  # caption of a class, such as "This is an image of a {}." (VUGEN, ImageNet)
               metadata="metadata.jsonl", image=None, config=None, split="train",  # file of captions; column of the image; configuration and split of a hub set
-              held_out=0.01, block=128, workers=4)  # share never trained on; samples of a stream that are shuffled together; threads that read pictures
+              held_out=0.01, block=128, workers=4,  # share never trained on; samples of a stream that are shuffled together; threads that read pictures
+              validation=None,  # what figures are measured on in place of a held-out share: a path, or the keys that differ from these
+              sets=None)  # a mixture in place of path: [[weight, the keys that differ], …]
 
 
 def corpus_of(values):  # the `corpus` of a preset, or None
     "All its keys; an unknown one, or a missing path, is a `UserError`."
     if values is None: return None
     if wrong := sorted(set(values) - set(CORPUS)): raise UserError(f"The corpus has no key {wrong[0]!r}: choose among {', '.join(CORPUS)}.")
-    if not values.get("path"): raise UserError("The corpus has no path: name its folder, tar files or hub set with --set corpus.path=….")
+    for place, part in _parts(values):
+        if wrong := sorted(set(part) - set(CORPUS) | set(part) & {"sets", "validation"}): raise UserError(f"corpus.{place} has no key {wrong[0]!r}: choose among {', '.join(key for key in CORPUS if key not in ('sets', 'validation'))}.")
+    if not values.get("path") and not values.get("sets"): raise UserError("The corpus has no path: name its folder, tar files or hub set with --set corpus.path=…, or several with corpus.sets.")
     return {**CORPUS, **values}
+
+def _parts(corpus):
+    "(name, keys that differ) of the sets of a mixture and of the validation set"
+    sets, validation = corpus.get("sets") or [], corpus.get("validation")
+    if not (isinstance(sets, (list, tuple)) and all(isinstance(each, (list, tuple)) and len(each) == 2 and isinstance(each[0], (int, float)) and isinstance(each[1], dict) for each in sets)):
+        raise UserError('corpus.sets is a list of weights and keys: write it as [[0.7, {"path": "cc12m/*.tar"}], [0.3, {"path": "yfcc"}]].')
+    if validation is not None and not isinstance(validation, (str, dict)): raise UserError(f"corpus.validation is {validation!r}: give a path, or the keys that differ from the corpus' own.")
+    found = [(f"sets.{number}", part) for number, (_, part) in enumerate(sets)]
+    return found + ([("validation", validation if isinstance(validation, dict) else {"path": validation})] if validation else [])
+
+# %% ../../nbs/train/presets.ipynb #e058239b
+def corpus_record(corpus,  # as `corpus_of` gives it
+                  paths=True):  # False leaves them out, so that a moved corpus stays the same one
+    "What a record says of a corpus: of paths on this machine the last part only."
+    def said(part):
+        path, kind = part.get("path"), part.get("kind", corpus.get("kind"))
+        kept = {key: value for key, value in part.items() if key not in ("path", "workers", "sets", "validation")}
+        return {**kept, "path": path if kind == "hub" and not Path(path).exists() else Path(path).name} if paths and path else kept
+    inner = {place: said(part) for place, part in _parts(corpus)}
+    sets = [[weight, inner[f"sets.{number}"]] for number, (weight, _) in enumerate(corpus.get("sets") or [])]
+    return {**said(corpus), **({"sets": sets} if sets else {}), **({"validation": inner["validation"]} if "validation" in inner else {})}
 
 # %% ../../nbs/train/presets.ipynb #8d94d3e4
 def _world(world):
@@ -166,7 +191,7 @@ def data_fingerprint(preset,  # Preset
                      stage):  # name of a stage
     "16 hex digits over the dials of the world, the corpus if there is one, and the stage's options, not over pixels: equal digits mean equal dials, and the same data where the code that draws is the same too."
     options = {key: value for key, value in preset.stage(stage).options.items() if key != "latent_cache"}  # where latents are kept changes no result
-    corpus = {key: value for key, value in (preset.corpus or {}).items() if key != "path"}  # the loop's record holds the corpus' own fingerprint
+    corpus = corpus_record(preset.corpus, paths=False) if preset.corpus else {}  # the loop's record holds the corpus' own fingerprint
     text = json.dumps([preset.world, options, *([corpus] if corpus else [])], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -377,13 +402,19 @@ def load_preset(name):  # one of PRESETS, or a JSON file written from `Preset.to
         raise UserError(f"The preset file {name} is not a preset ({error}): write it from `load_preset('tiny').to_dict()`.") from None
 
 # %% ../../nbs/train/presets.ipynb #65cc7dd1
+def _lacking_paths(corpus):
+    "Folders of the corpus, of its sets and of its validation that are not here"
+    own = [] if corpus.get("sets") else [("corpus", {"path": corpus.get("path")})]
+    found = [(place, part.get("kind", corpus.get("kind", "images")), part.get("path")) for place, part in own + [(f"corpus.{place}", {"path": corpus.get("path"), **part}) for place, part in _parts(corpus)]]
+    lacking = [f"{place}.path is not given (add --set corpus.path=PATH)" for place, _, path in found if not path]
+    return lacking + [f"{place}.path {path} is not a folder" for place, kind, path in found if path and kind == "images" and not Path(path).expanduser().is_dir()]
+
+
 def missing_inputs(preset,  # Preset
                    stage):  # name of a stage
     "What a stage on a corpus needs and does not find here, one clause each; empty for presets of scenes."
     if preset.corpus is None: return []
-    part, path = preset.stage(stage), preset.corpus["path"]
-    lacking = [] if path else ["corpus.path is not given (add --set corpus.path=PATH)"]
-    if path and preset.corpus["kind"] == "images" and not Path(path).expanduser().is_dir(): lacking.append(f"corpus.path {path} is not a folder")
+    part, lacking = preset.stage(stage), _lacking_paths(preset.corpus)
     from vugen.encode.encoders import locate
     published = (part.model.get("vlm"), part.options.get("encoder"), part.options.get("alignment"))
     for name in dict.fromkeys(name for name in published if name and "/" in name):  # in this order, each once; "none" and the judges of our own have no folder
