@@ -7,8 +7,8 @@ __all__ = ['HELD_OUT_PHOTOGRAPHS', 'TRAINING_PHOTOGRAPHS', 'CROP_STREAM', 'CHOIC
            'photograph_stack', 'photograph_crops', 'one_crop', 'as_source', 'as_mixture', 'SceneCorpus', 'read_coco',
            'read_metadata', 'sidecar', 'fill_template', 'classes_file', 'read_classes', 'share_of', 'divide',
            'skipped_report', 'epoch_order', 'ImageFolder', 'deal', 'lane_of', 'Cursor', 'Lane', 'Blocks',
-           'image_column', 'told_by', 'StreamCorpus', 'tar_files', 'open_webdataset', 'open_hub', 'open_corpus',
-           'quotas', 'spread_out', 'MixedCorpus', 'open_sets', 'validation_of', 'Pairs']
+           'image_column', 'told_by', 'StreamCorpus', 'tar_files', 'captions_beside', 'sidecars', 'open_webdataset',
+           'open_hub', 'open_corpus', 'quotas', 'spread_out', 'MixedCorpus', 'open_sets', 'validation_of', 'Pairs']
 
 # %% ../../nbs/data/corpora.ipynb #ef0abc7c
 import contextlib
@@ -495,8 +495,10 @@ class StreamCorpus:
         block: int = 128, # samples shuffled together
         workers: int = 1, # threads that decode pictures
         name: str = "", # what the fingerprint says
+        metadata: str | None = None, # captions beside the shards, see `captions_beside`
     ):
         self.dataset, self.image_size, self.batch_size, self.template, self.workers, self.name = dataset, image_size, batch_size, template, workers, name
+        self.metadata, self.beside = metadata, functools.lru_cache(maxsize=128)(lambda shard: read_metadata(captions_beside(shard, metadata), caption)[0]) # as many shards as lanes are read at a time
         self.features, self.column, self.skipped, self.lock = dataset.features, caption, {}, threading.Lock()
         self.image, number = image_column(self.features, image), dataset.num_shards
         self.lanes, keep = deal(number, batch_size), functools.partial(self._belongs, part, held_out)
@@ -510,9 +512,14 @@ class StreamCorpus:
     def _decode(self, candidates) -> tuple: # picture and caption of the first that can be read
         for name, sample in candidates:
             if name in self.skipped: continue
-            try: return self._tensor(sample[self.image]), told_by(sample, self.column, self.features, self.template)
+            try: return self._tensor(sample[self.image]), self._told(sample)
             except UserError as error: self.skipped[name] = str(error)
         raise UserError(f"not one of {len(candidates)} pictures in a row can be read: the last was {name} ({self.skipped[name]}).")
+
+    def _told(self, sample):
+        "Its line in the file beside the shard, else what the shard says"
+        found = self.beside(sample["__url__"]).get(sample["__key__"]) if self.metadata else None
+        return told_by(sample, self.column, self.features, self.template) if found is None else found
 
     def _tensor(self, value):
         content = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
@@ -543,7 +550,7 @@ class StreamCorpus:
 
     def told(self, count) -> list: # captions
         "The captions of the first samples, whose pictures are not read"
-        return [told_by(sample, self.column, self.features, self.template) for _, sample in itertools.islice(self._once(), count)]
+        return [self._told(sample) for _, sample in itertools.islice(self._once(), count)]
 
     def fingerprint(self) -> str:
         "16 hex digits over the name of the set and its shards"
@@ -577,6 +584,23 @@ def tar_files(
     found = {file for each in named for file in (each.rglob("*.tar") if each.is_dir() else [each])}
     if not found: raise UserError(f"{path} holds no .tar file: name a folder of shards, a glob such as shards/*.tar or sets/*/*.tar, or a file.")
     return sorted(str(file) for file in found)
+
+def captions_beside(
+    shard: str, # a tar file
+    metadata: str, # such as captions-florence2.jsonl, or the same in another folder than the shards'
+) -> Path:
+    "Where `vugen.data.recaption` writes the captions of a shard: `0007.captions-florence2.jsonl` beside `0007.tar`"
+    name = Path(metadata).expanduser()
+    return Path(shard).parent / name.parent / f"{Path(shard).stem}.{name.name}"
+
+def sidecars(
+    path: str, # see `tar_files`
+    metadata: str, # see `captions_beside`
+) -> str: # what the fingerprint says of them
+    "Check that every shard has its captions"
+    found = [captions_beside(shard, metadata) for shard in tar_files(path)]
+    if lacking := [file for file in found if not file.is_file()]: raise UserError(f"{len(lacking)} of {len(found)} shards in {path} have no captions beside them, the first is {lacking[0]}: write them with `python -m vugen.data.recaption {path}`, or leave corpus.metadata out.")
+    return " ".join(f"{file.name} {file.stat().st_size}" for file in found)
 
 def open_webdataset(
     path: str, # see `tar_files`
@@ -617,7 +641,9 @@ def open_corpus(
     if kind == "images": return ImageFolder(path, image_size, seed, metadata=corpus["metadata"], **common)
     if kind not in ("webdataset", "hub"): raise UserError(f"corpus.kind is {kind!r}: choose images, webdataset or hub.")
     dataset, name = open_webdataset(path) if kind == "webdataset" else open_hub(path, corpus["config"], corpus["split"])
-    return StreamCorpus(dataset, image_size, seed, batch_size, image=corpus["image"], block=corpus["block"], name=name, **common)
+    beside = corpus.get("metadata") if kind == "webdataset" and corpus.get("metadata") != "metadata.jsonl" else None
+    if beside: name = f"{name} {sidecars(path, beside)}"
+    return StreamCorpus(dataset, image_size, seed, batch_size, image=corpus["image"], block=corpus["block"], name=name, metadata=beside, **common)
 
 # %% ../../nbs/data/corpora.ipynb #9e256f7d
 def quotas(

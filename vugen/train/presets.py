@@ -89,7 +89,7 @@ CORPUS = dict(kind="images",  # "images" (a folder), "webdataset" (tar shards) o
               path=None,  # folder, glob of tar files, or name on the hub
               caption="caption",  # key of the caption: in metadata.jsonl, or a column
               template=None,  # caption of a class, such as "This is an image of a {}." (VUGEN, ImageNet)
-              metadata="metadata.jsonl", image=None, config=None, split="train",  # file of captions; column of the image; configuration and split of a hub set
+              metadata="metadata.jsonl", image=None, config=None, split="train",  # file of captions (in the folder, or beside each shard, see `vugen.data.recaption`); column of the image; configuration and split of a hub set
               held_out=0.01, block=128, workers=4,  # share never trained on; samples of a stream that are shuffled together; threads that read pictures
               validation=None,  # what figures are measured on in place of a held-out share: a path, or the keys that differ from these
               sets=None)  # a mixture in place of path: [[weight, the keys that differ], …]
