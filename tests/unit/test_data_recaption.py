@@ -210,7 +210,7 @@ def test_shards_get_captions_beside_them_and_a_corpus_reads_them(tmp_path):
     assert rows == {f"{number:04d}": f"level {40 * number + 1}" for number in range(5)}
     corpus = corpus_on(shards, metadata="captions-one.jsonl")
     images, told = corpus.samples(range(30))
-    for image, caption in zip(images, told): assert caption == f"level {round(float(image[0, 0, 0]) * 255)}"
+    for image, words in zip(images, told): assert words == f"level {round(float(image[0, 0, 0]) * 255)}"
     assert sorted(caption.split()[0] for caption in corpus.told(12)) == ["as"] + 11 * ["level"]  # the broken picture has no line, and keeps its own words
     assert corpus_on(shards).told(1) == ["as it came"] and corpus.fingerprint() != plain
     recaption_shards(shards, caption, {"model": "one", "prompt": "a"})
