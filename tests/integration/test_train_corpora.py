@@ -86,3 +86,16 @@ def test_with_a_latent_cache_the_same_bits_without_the_encoder(on_corpus, pictur
     assert weights(tmp_path / "second") == weights(tmp_path / "plain") and not seen  # what is there is not computed again
     assert record["options"]["latent_cache"] is True and str(tmp_path) not in json.dumps(record)
     with pytest.raises(UserError, match="seed.*latent_cache"): train("generator", tmp_path / "third", source, *cached, "--seed", "5")
+
+
+def test_a_stage_on_a_mixture_with_a_validation_set(pictures, tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    for number, image in enumerate(batch(World(**load_preset("smoke").world), 9, range(6))["images"]): save_png(image, others / f"{number}.png")
+    sets = json.dumps([[0.75, {"path": str(pictures)}], [0.25, {"path": str(others)}]])
+    words = "--set", f"corpus.sets={sets}", "--set", f"corpus.validation={others}", "--set", "options.evaluation=6"
+    found = train("decoder", tmp_path / "out", None, *words)["record"]
+    told = found["corpus"]
+    assert told["sets"] == [[0.75, {"path": "pictures"}], [0.25, {"path": "others"}]] and told["validation"] == {"path": "others"} and str(tmp_path) not in json.dumps(found)
+    assert {row["n"] for row in found["rows"] if row["metric"] == "psnr, 1 step"} == {6} and found["skipped"] == 1 and list(found["names"]) == ["0: broken.png"]
+    with pytest.raises(UserError, match="sets.1.path nowhere is not a folder"): train("decoder", tmp_path / "none", None, "--set", f"corpus.sets={sets.replace(str(others), 'nowhere')}")

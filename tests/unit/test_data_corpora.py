@@ -2,13 +2,14 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vugen.data.corpora import HELD_OUT_PHOTOGRAPHS, NAMES_KEPT, TRAINING_PHOTOGRAPHS, ImageFolder, Lane, Pairs, SceneCorpus, StreamCorpus, open_corpus, open_webdataset, photograph_crops, told_by
+from vugen.data.corpora import HELD_OUT_PHOTOGRAPHS, NAMES_KEPT, TRAINING_PHOTOGRAPHS, ImageFolder, Lane, Pairs, SceneCorpus, StreamCorpus, open_corpus, open_webdataset, photograph_crops, quotas, spread_out, tar_files, told_by
 from vugen.data.scenes import World, batch
 from vugen.errors import UserError
 from vugen.train.presets import CORPUS, corpus_of
@@ -238,7 +239,8 @@ def test_a_broken_first_shard_is_passed_over_and_a_folder_of_nothing_refused(tmp
     (folder / "000.tar").write_bytes(b"x" * 2000)
     stream = stream_of(folder)
     assert {caption.split()[1] for caption in stream.samples(range(20))[1]} == {"1"} and stream.report()["skipped"] == 1
-    with pytest.raises(UserError, match=r"no .tar"): open_webdataset(str(tmp_path))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match=r"no .tar"): open_webdataset(str(tmp_path / "none"))
     (folder / "001.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match="not one of 2 shards"): open_webdataset(str(folder))
 
@@ -263,8 +265,167 @@ def test_a_hub_set_is_streamed_with_its_classes(tmp_path):
 
 
 def test_presets_and_corpora_know_the_same_keys():
-    assert set(CORPUS) == {"kind", "path", "caption", "template", "metadata", "image", "config", "split", "held_out", "block", "workers"}
+    assert set(CORPUS) == {"kind", "path", "caption", "template", "metadata", "image", "config", "split", "held_out", "block", "workers", "validation", "sets"}
     with pytest.raises(UserError, match="corpus.path"): corpus_of({"kind": "images"})
     with pytest.raises(UserError, match="folder"): open_corpus(corpus_of({"path": "nowhere"}), 8)
     with pytest.raises(UserError, match="kind"): open_corpus(corpus_of({"kind": "zip", "path": "x"}), 8)
     assert told_by({"json": {"text": " a  b "}}, "caption") == "a b" and told_by({"caption": ["one", "two"]}, "caption") == "one"
+
+
+# ---- names of classes, validation sets, mixtures ------------------------------------------------------------------------------
+
+def grey(path, level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (12, 10), level).save(path)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    "Three classes as ImageNet names their folders, and a validation folder beside them."
+    for place, each in (("train", 6), ("val", 2)):
+        for name in ("n01440764", "n01443537", "n01484850"):
+            for number in range(each): grey(tmp_path / place / name / f"{name}_{place}_{number}.png", 20 * number)
+    return tmp_path
+
+
+TEMPLATE = "This is an image of a [CLS]."
+
+
+def test_identifiers_of_classes_are_never_told_as_names(imagenet):
+    with pytest.raises(UserError, match="n01440764.*classes.json.*all 3") as caught: ImageFolder(imagenet / "train", 8, template=TEMPLATE)
+    assert "\n" not in str(caught.value)
+    ImageFolder(imagenet / "train", 8)  # without a template nothing is told, for a decoder
+    (imagenet / "train/classes.json").write_text(json.dumps({"n01440764": "tench", "n01443537": "goldfish"}))
+    with pytest.raises(UserError, match="n01484850"): ImageFolder(imagenet / "train", 8, template=TEMPLATE)
+    (imagenet / "train/classes.json").write_text(json.dumps({"n01440764": "tench", "n01443537": "goldfish", "n01484850": "great_white_shark"}))
+    assert set(ImageFolder(imagenet / "train", 8, template=TEMPLATE).told(18)) == {f"This is an image of a {name}." for name in ("tench", "goldfish", "great white shark")}
+    (imagenet / "train/n01484850/n01484850_train_0.txt").write_text("a shark")  # a caption of its own needs no name
+    (imagenet / "train/classes.json").write_text(json.dumps({"n01440764": "tench", "n01443537": "goldfish"}))
+    assert "a shark" in ImageFolder(imagenet / "train", 8, template=TEMPLATE).told(18)
+
+
+def test_a_template_needs_classes_or_captions(tmp_path):
+    for number in range(3): grey(tmp_path / f"ILSVRC2012_val_{number:08d}.png")
+    with pytest.raises(UserError, match="needs classes"): ImageFolder(tmp_path, 8, template=TEMPLATE)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "ILSVRC2012_val_00000000.png", "text": "a tench"}))
+    assert ImageFolder(tmp_path, 8, template=TEMPLATE).told(3) == ["a tench", "", ""]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_validation_folder_is_what_is_measured_on_and_all_else_is_trained_on(imagenet, whole):
+    (imagenet / "classes.json").write_text(json.dumps({"n01440764": "tench", "n01443537": "goldfish", "n01484850": "great white shark"}))  # above both
+    said = str(imagenet / "val") if not whole else {"path": str(imagenet / "val"), "template": "A [CLS]."}
+    pairs = Pairs(corpus_of({"path": str(imagenet / "train"), "template": TEMPLATE, "held_out": 0.5, "validation": said}), 8, batch_size=4)
+    assert len(pairs) == 18 and len(pairs.held_out(100)[0]) == 6
+    images, told = pairs.held_out(3)
+    assert all(caption.startswith("A " if whole else "This is an image of a ") for caption in told)
+    trained = pairs.train.batch(range(18))["names"]
+    assert len(set(trained)) == 18 and all("train" in name for name in trained) and len(pairs.of_seed(9)) == 18
+    assert pairs.fingerprint() == ImageFolder(imagenet / "train", 8).fingerprint()
+
+
+def test_a_few_held_out_pictures_are_of_many_classes(tmp_path):
+    for kind in "abcdefghij":
+        for number in range(10): grey(tmp_path / kind / f"{kind}{number}.png")
+    told = ImageFolder(tmp_path, 8, template="{}").first(20)[1]
+    assert len(set(told)) >= 6 and told == ImageFolder(tmp_path, 8, template="{}").first(50)[1][:20]
+
+
+def test_cocos_own_captions_are_read(tmp_path):
+    for number in (7, 9): grey(tmp_path / f"val2014/COCO_val2014_{number:012d}.png")
+    content = {"images": [{"id": number, "file_name": f"COCO_val2014_{number:012d}.png"} for number in (9, 7)],
+               "annotations": [{"id": 5, "image_id": 7, "caption": "later"}, {"id": 4, "image_id": 7, "caption": " A cat\n"}, {"id": 6, "image_id": 9, "caption": "A dog"}]}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/captions_val2014.json").write_text(json.dumps(content))
+    corpus = ImageFolder(tmp_path / "val2014", 8, metadata="../annotations/captions_val2014.json")
+    assert corpus.told(2) == ["A cat", "A dog"]
+    for wrong in ("{", "[]", '{"images": [], "annotations": [{"id": 1, "image_id": 3, "caption": "x"}]}'):
+        (tmp_path / "annotations/captions_val2014.json").write_text(wrong)
+        with pytest.raises(UserError, match="COCO"): ImageFolder(tmp_path / "val2014", 8, metadata="../annotations/captions_val2014.json")
+
+
+def test_shards_are_found_in_subfolders_and_by_globs_over_folders(tmp_path):
+    names = ["cc12m/000/00.tar", "cc12m/001/00.tar", "yfcc/00.tar", "yfcc/01.tar"]
+    for name in names: (tmp_path / name).parent.mkdir(parents=True, exist_ok=True); (tmp_path / name).write_bytes(b"")
+    (tmp_path / "yfcc/readme.txt").write_text("")
+    def found(path): return [Path(each).relative_to(tmp_path).as_posix() for each in tar_files(str(tmp_path / path))]
+    assert found(".") == found("**/*.tar") == names and found("*/*.tar") == names[2:] and found("*/*/*.tar") == names[:2]
+    assert found("yfcc") == found("y*") == found("yfcc/0?.tar") == names[2:] and found("yfcc/01.tar") == ["yfcc/01.tar"]
+    for nothing in ("*/*.zip", "none", "cc12m/000/*.tgz"):
+        with pytest.raises(UserError, match="holds no .tar file"): found(nothing)
+
+
+@pytest.mark.parametrize("weights,number", [([2, 1, 1], 64), ([0.4, 0.35, 0.25], 7), ([1], 5), ([3, 1], 10), ([1, 1, 1, 1, 1, 1, 1], 256)])
+def test_quotas_are_as_near_as_whole_numbers_can_be_and_spread(weights, number):
+    found = quotas(weights, number)
+    assert sum(found) == number and all(abs(each - number * weight / sum(weights)) < 1 for each, weight in zip(found, weights))
+    order = spread_out(found)
+    assert [order.count(part) for part in range(len(found))] == found
+    for part, each in enumerate(found):  # half of the places hold half of a part
+        assert abs(order[:number // 2].count(part) - each / 2) <= 1
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory):
+    "Two sets of shards, nested as StockMix's are, and a folder."
+    place = tmp_path_factory.mktemp("blend")
+    make_shards(place / "cc12m", shards=4, each=9, spoil=False); make_shards(place / "yfcc", shards=5)
+    for number in range(13): grey(place / "stock" / f"{number}.png", 10 * number); (place / "stock" / f"{number}.txt").write_text(f"stock {number}")
+    sets = [[5, {"path": str(place / "cc12m")}], [3, {"path": str(place / "yf*/*.tar"), "block": 3}], [2, {"kind": "images", "path": str(place / "stock")}]]
+    return corpus_of({"kind": "webdataset", "block": 4, "workers": 2, "sets": sets, "held_out": 0.2})
+
+
+def mixed(blend, part="train"): return open_corpus(blend, 8, seed=5, batch_size=20, part=part)
+
+
+def test_a_mixture_is_its_parts_in_their_shares(blend):
+    corpus = mixed(blend)
+    alone = [open_corpus({**blend, "sets": None, **keys}, 8, seed=5, batch_size=number, part="train") for number, (_, keys) in zip((10, 6, 4), blend["sets"])]
+    wanted = [[f"{caption}" for step in range(4) for caption in each.samples(range(step * number, step * number + number))[1]] for each, number in zip(alone, (10, 6, 4))]
+    found = [[], [], []]
+    for step in range(4):
+        images, told = corpus.samples(range(20 * step, 20 * step + 20))
+        for index, (image, caption) in enumerate(zip(images, told)):
+            part, number = corpus.where(20 * step + index)
+            found[part].append(caption)
+            assert torch.equal(image, alone[part].samples([number])[0][0])
+    assert found == wanted and corpus.fingerprint() != mixed({**blend, "sets": blend["sets"][:2]}).fingerprint()
+
+
+def test_a_mixture_resumes_and_is_the_same_for_any_processes(blend):
+    whole = mixed(blend)
+    batches = [whole.samples(range(20 * step, 20 * step + 20)) for step in range(6)]
+    halves = [mixed(blend) for _ in range(2)]
+    for step, (images, told) in enumerate(batches):
+        parts = [half.samples(range(20 * step + 10 * rank, 20 * step + 10 * rank + 10)) for rank, half in enumerate(halves)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), images) and parts[0][1] + parts[1][1] == told
+    marks = [half.state() for half in halves]
+    joined = {**marks[0], **{key: {**marks[0][key], **marks[1][key]} for key in ("skipped", "marks")}}  # as the loop joins them
+    again = mixed(blend)
+    again.load_state(json.loads(json.dumps(joined)))
+    assert any(len(blocks.marks) > 1 for part in again.parts[:2] for blocks in part.blocks)
+    images, told = again.samples(range(100, 120))
+    assert torch.equal(images, batches[5][0]) and told == batches[5][1]
+    report = whole.report()
+    assert report["skipped"] >= 1 and all(name.startswith("1: ") for name in report["names"])
+
+
+def test_held_out_samples_of_a_mixture_are_of_every_part_and_never_trained_on(blend):
+    kept = mixed(blend, "test").first(10)[1]
+    corpus = mixed(blend)
+    trained = {caption for step in range(6) for caption in corpus.samples(range(20 * step, 20 * step + 20))[1]}
+    assert any(caption.startswith("stock") for caption in kept) and any(caption.startswith("shard") for caption in kept)
+    stock = {caption for caption in kept if caption.startswith("stock")}
+    assert stock and not stock & trained
+    assert len(Pairs(blend, 8, batch_size=20).told(30)) == 30
+
+
+def test_impossible_mixtures_of_sets_are_refused_in_a_sentence(blend):
+    with pytest.raises(UserError, match="less than one sample"): open_corpus({**blend, "sets": [[1000, blend["sets"][0][1]], [1, blend["sets"][1][1]]]}, 8, batch_size=20, part="train")
+    for weights in ([0, 0], [-1, 2], []):
+        with pytest.raises(UserError, match="weights"): quotas(weights, 8)
+    for wrong in (["a", "b"], [[1, "path"]], [["1", {}]], {"a": 1}, "cc12m"):
+        with pytest.raises(UserError, match="corpus.sets"): corpus_of({"sets": wrong})
+    with pytest.raises(UserError, match="sets.0 has no key 'pth'"): corpus_of({"sets": [[1, {"pth": "x"}]]})
+    with pytest.raises(UserError, match="sets.0 has no key 'sets'"): corpus_of({"sets": [[1, {"sets": []}]]})
+    with pytest.raises(UserError, match="corpus.validation"): corpus_of({"path": "x", "validation": 0.1})

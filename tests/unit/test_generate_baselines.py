@@ -19,7 +19,7 @@ from vugen.evaluate.scene_parser import SceneParser
 from vugen.generate.baselines import (
     GENERATORS, AlignedGenerator, GridConvolution, alignment_head, alignment_layer, alignment_targets, decoupled, spatial_normalize, trained_generators)
 from vugen.generate.latent_spaces import LatentSpace, UnderstandingSpace, VAESpace, Whitening, patch_size_for
-from vugen.generate.text_to_image import TextToImage, latent_noise
+from vugen.generate.text_to_image import TextToImage, latent_noise, paint_with
 from vugen.generate.vlm import SceneVLM, world_words
 from vugen.lab.cli import STAGES, draw_chunks, main as program, stage_class
 from vugen.lab.describe import parts_of
@@ -329,6 +329,8 @@ def test_the_interval_of_the_configuration_is_the_default(trained, model):
     assert torch.equal(kept.generate(PROMPTS, guidance_scale=3.0), model.generate(PROMPTS, guidance_scale=3.0, guidance_interval=(0.25, 0.5)))
     for wrong in ((0.5, 0.2), (-0.1, 1.0), (0.0, 1.5), (float("nan"), 1.0)):
         with pytest.raises(UserError, match="guidance interval"): model.generate(PROMPTS, guidance_interval=wrong)
+    for wrong in (0.5, "all", [0.1], (0, "1")): # what `--set model.guidance_interval` may say
+        with pytest.raises(UserError, match="guidance interval"): TextToImage(guidance_interval=wrong)
 
 
 def test_the_shift_follows_the_size_of_a_sample(trained, model):
@@ -342,23 +344,12 @@ def test_the_shift_follows_the_size_of_a_sample(trained, model):
         with pytest.raises(UserError, match="time shift"): TextToImage(shift=wrong)
 
 
-def test_improved_twins_differ_where_they_say():
-    for name in ("tiny", "small"):
-        plain, twin = load_preset(name), load_preset(f"{name}-improved")
-        assert twin.world == plain.world and twin.stages.keys() == plain.stages.keys()
-        for stage, part in twin.stages.items():
-            own = plain.stages[stage]
-            assert part.recipe == own.recipe and (part == own) == (not stage.startswith("generator"))
-        assert twin.stage("generator-repa").options | dict(alignment_head="mlp", alignment_targets="plain") == plain.stage("generator-repa").options
-    assert TextToImage(latent_dim=8, grid=(8, 8), **load_preset("tiny-improved").stage("generator").model).shift == pytest.approx(3.0, rel=0.01)
-
-
 def test_every_option_can_be_switched_alone(root):
     twin = Preset("toy", {}, load_preset("tiny-improved").stages)
     small = {"options.pool": "20", "options.pool_block": "10", "options.statistics": "20"}
     chosen = override(twin, "generator-repa", {**small, "model.shift": "1.5", "options.alignment_head": "mlp"})
     module = REPAStage(chosen, root).build()
-    assert module.model.shift == 1.5 and module.model.guidance_interval == (0.0, 0.5) and not isinstance(module.head.projector, GridConvolution)
+    assert module.model.shift == 1.5 and module.model.guidance_interval == (0.1, 1.0) and not isinstance(module.head.projector, GridConvolution)
     other = REPAStage(override(twin, "generator-repa", {**small, "model.guidance_interval": "[0, 1]"}), root).build()
     assert other.model.shift == dimension_shift(16, 16, 57) and other.model.guidance_interval == (0, 1) and isinstance(other.head.projector, GridConvolution)
 
@@ -425,6 +416,10 @@ def test_the_program_draws_with_the_named_generator(trained, tmp_path, capsys):
     for wrong, said in ((("--generator", "generator-other"), "generator-other"), (("--guidance-interval", 0.9, 0.1), "--guidance-interval"), (("--guidance-interval", 0, 2), "--guidance-interval")):
         capsys.readouterr()
         assert call(*common, *wrong, "--out", tmp_path / "three") == 2 and said in capsys.readouterr().err
+
+
+def test_a_generator_of_vae_latents_takes_no_other_decoder(model, trained):
+    with pytest.raises(UserError, match="paints them itself"): paint_with(model, trained / "decoder")
 
 
 def test_an_unknown_stage_of_the_module_is_refused(capsys):

@@ -8,16 +8,20 @@ from torch import nn
 
 from vugen.data.scenes import World, batch, captions, sample_scenes
 from vugen.decode.autoencoder import encoder_link
+from vugen.decode.feed_forward import FeedForwardDecoder
+from vugen.decode.latent_diffusion import LatentDiffusionDecoder
 from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
 from vugen.encode.contrastive import ContrastiveModel
 from vugen.encode.reducers import MLPReducer
 from vugen.errors import UserError
 from vugen.evaluate.scene_parser import SceneParser
-from vugen.generate.text_to_image import TextToImage, latent_noise
+from vugen.generate.text_to_image import TextToImage, latent_noise, paint_with
 from vugen.generate.vlm import SceneVLM, world_words
+from vugen.lab.cli import main as program
 from vugen.models.flow import euler
 from vugen.models.saving import fingerprint
 from vugen.models.seams import Generator
+from vugen.paths import checkpoints_dir
 from vugen.train.generator import GeneratorStage, LatentPool, held_out_prompts
 from vugen.train.loop import run
 from vugen.train.presets import Preset, Recipe, StagePreset
@@ -223,3 +227,58 @@ def test_plain_wording_comes_first_whatever_the_batch(root):
 def test_sampling_takes_the_time_shift_of_training(root, model):
     shifted = TextToImage.from_pretrained(root, shift=3.0)
     assert torch.equal(shifted.generate(PROMPTS), model.generate(PROMPTS, shift=3.0)) and not torch.equal(shifted.generate(PROMPTS), model.generate(PROMPTS))
+
+
+# ---- whoever paints -----------------------------------------------------------------------------------------------------------
+
+PAINTERS = {"decoder": 8, "decoder-ldm": 25, "distill": 1, "decoder-feedforward": 1}
+
+
+@pytest.fixture(scope="module")
+def embedded(): return TextToImage.from_pretrained(checkpoints_dir("tiny"))
+
+
+@pytest.fixture(scope="module")
+def sampled(embedded): return embedded.generate(PROMPTS, num_inference_steps=12)
+
+
+@pytest.mark.parametrize("name,steps", PAINTERS.items())
+def test_every_decoder_of_the_same_latents_paints_them(embedded, sampled, name, steps):
+    folder = checkpoints_dir("tiny") / name
+    kind = LatentDiffusionDecoder if name == "decoder-ldm" else FeedForwardDecoder if name == "decoder-feedforward" else PixelDiffusionDecoder
+    alone = kind.from_pretrained(folder / ("latent_decoder" if name == "decoder-ldm" else "pixel_decoder")).eval()
+    paint_with(embedded, folder)
+    said = {} if name == "decoder-feedforward" else dict(num_inference_steps=steps)
+    assert torch.equal(embedded.images(PROMPTS, num_inference_steps=12), alone.decode(sampled, seed=0, **said))
+    whole = embedded.space.decode(sampled, seed=4)
+    parts = torch.cat([embedded.space.decode(sampled[:1], seed=4), embedded.space.decode(sampled[1:], seed=4, first=1)])
+    assert torch.allclose(parts, whole, atol=1e-4)  # as `vugen generate` paints many
+
+
+def test_decoders_agree_on_what_stands_where(embedded, sampled):
+    painted = {name: paint_with(embedded, checkpoints_dir("tiny") / name).space.decode(sampled) for name in PAINTERS}
+    for name, pictures in painted.items():
+        own, others = ((pictures - each).square().mean() for each in (painted["decoder"], painted["decoder"].roll(1, 0)))
+        assert own < others / 4 and (name == "decoder" or own > 0)
+
+
+def test_a_decoder_of_other_latents_is_refused(embedded, sampled, tmp_path):
+    before = paint_with(embedded, checkpoints_dir("tiny") / "distill").pixel_decoder
+    for folder, said in ((checkpoints_dir("tiny") / "decoder-pca", "another reducer"), (tmp_path / "decoder-ldm", "vugen train decoder-ldm")):
+        with pytest.raises(UserError, match=said): paint_with(embedded, folder)
+    assert embedded.pixel_decoder is embedded.space.parts["pixel_decoder"] is before
+
+
+@pytest.mark.parametrize("name,steps", PAINTERS.items())
+def test_the_program_paints_with_the_named_decoder(name, steps, tmp_path):
+    with pytest.raises(SystemExit) as left: program(["generate", *PROMPTS[:1], "--n", "2", "--steps", "3", "--decoder", name, "--out", str(tmp_path / "drawn"), "--root", str(checkpoints_dir("tiny"))])
+    record = json.loads((tmp_path / "drawn/generate.json").read_text())["run"]
+    assert left.value.code == 0 and record["decoder"] == name and record["decoder_steps"] == steps and (tmp_path / "drawn/00001.png").is_file()
+
+
+def test_the_program_names_the_decoders_it_has(tmp_path, capsys):
+    for name in ("decoder-pca", "decoder-larger", "../decoder"):
+        with pytest.raises(SystemExit) as left: program(["generate", "a red circle", "--steps", "1", "--decoder", name, "--out", str(tmp_path / "none"), "--root", str(checkpoints_dir("tiny"))])
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and said.count("\n") == 1 and name in said and not (tmp_path / "none").exists()
+        assert name == "decoder-pca" or "decoder-ldm" in said

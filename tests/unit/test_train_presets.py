@@ -126,13 +126,68 @@ def test_the_papers_presets_say_what_the_paper_says(name, steps, gpus, begin, gu
 GENERATORS = ("generator", "generator-decoupled", "generator-repa")
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_improved_twins_differ_where_they_should_and_nowhere_else(name):
+IMPROVEMENTS = {  # (stage, path): (off, in the improved twin)
+    **{(stage, "model.shift"): (1.0, "dimension") for stage in GENERATORS}, **{(stage, "model.guidance_interval"): ((0.0, 1.0), (0.1, 1.0)) for stage in GENERATORS},
+    ("generator-repa", "options.alignment_head"): ("mlp", "conv"), ("generator-repa", "options.alignment_targets"): ("plain", "spatial"), ("decoder", "options.feature_weight"): (0.0, 0.1),
+    **{(stage, "options.latent_noise"): (0.0, 0.8) for stage in ("decoder", "decoder-pca", "distill", "decoder-ldm", "decoder-feedforward")},
+    **{(stage, "options.alignment_head"): ("repa", "irepa") for stage in ("decoder", "decoder-pca", "distill", "decoder-feedforward")}}
+
+
+def value_at(preset, stage, path):
+    part, key = path.split(".")
+    return getattr(preset.stage(stage), part).get(key)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", *PAPERS])
+def test_improved_twins_hold_every_improvement_and_nothing_else(name):
     from vugen.train.loop import differences
-    plain, twin = load_preset(name).to_dict(), load_preset(f"{name}-improved").to_dict()
-    assert set(differences(plain, twin)) == {"name", *(f"stages.{stage}.model.shift" for stage in GENERATORS), *(f"stages.{stage}.options.latent_noise" for stage in ("decoder", "distill", "decoder-ldm"))}
-    shift = (256 * 64 / 4096) ** 0.5  # the square root of numbers a picture over 4096
-    for stage in GENERATORS: assert twin["stages"][stage]["model"]["shift"] == shift  # the baselines' tokens have as many channels
+    plain, twin = load_preset(name), load_preset(f"{name}-improved")
+    here = {key: values for key, values in IMPROVEMENTS.items() if key[0] in plain.stages}
+    for (stage, path), (_, on) in here.items(): assert value_at(twin, stage, path) == on
+    assert set(differences(plain.to_dict(), twin.to_dict())) == {"name", *(f"stages.{stage}.{path}" for stage, path in here), *(f"stages.{stage}.model.shift_base" for stage in GENERATORS)}
+    for stage in GENERATORS: assert twin.stage(stage).model["shift_base"] == (57 if name in ("tiny", "small") else 4096)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_improvement_is_switched_alone_on_every_preset(name):
+    from vugen.train.loop import differences
+    preset = load_preset(name)
+    for (stage, path), (off, on) in IMPROVEMENTS.items():
+        if stage not in preset.stages: continue
+        other = off if value_at(preset, stage, path) == on else on
+        changed = override(preset, stage, {path: json.dumps(other)})
+        assert list(differences(preset.to_dict(), changed.to_dict())) == [f"stages.{stage}.{path}"]
+        assert override(preset, stage, {path: json.dumps(on)}).stage(stage).recipe == preset.stage(stage).recipe
+
+
+def test_the_plain_presets_are_the_papers_and_those_of_scenes_say_what_differs():
+    for name in ("tiny", "small", *PAPERS):
+        for (stage, path), (off, _) in IMPROVEMENTS.items():
+            if stage not in load_preset(name).stages: continue
+            found = value_at(load_preset(name), stage, path)
+            known = {("tiny", "model.shift"): 3.0, ("small", "model.shift"): 3.0, ("tiny", "options.latent_noise"): 0.1, ("small", "options.latent_noise"): 0.1}  # the embedded checkpoints were trained so
+            assert found in (None, known.get((name, path), off))
+
+
+def test_the_shift_of_the_papers_latents_is_two_and_tinys_is_that_of_its_checkpoint():
+    from vugen.generate.text_to_image import TextToImage
+    for name, dim, side, shift in (("paper-imagenet-improved", 64, 16, 2.0), ("tiny-improved", 8, 8, 3.0)):
+        model = {key: value for key, value in load_preset(name).stage("generator").model.items() if key != "vlm"}
+        made = TextToImage(latent_dim=dim, grid=(side, side), **model)
+        assert made.shift == pytest.approx(shift, rel=0.01) and made.guidance_interval == (0.1, 1.0)
+    off = override(load_preset("paper-imagenet"), "generator", {"model.guidance_interval": "[0, 1]"}).stage("generator").model
+    assert TextToImage(latent_dim=64, grid=(16, 16), **off).guidance_interval == TextToImage(latent_dim=64, grid=(16, 16)).guidance_interval == (0, 1)
+
+
+def test_presets_and_ablation_mean_the_same_improvements():
+    from vugen.train.ablations import IMPROVED
+    found = set()
+    for variant in IMPROVED.variants:
+        for step in variant.chain: found |= {(step.stage, path, value) for path, value in step.settings.items()}
+        for measure in variant.measures: found |= {(measure.folder, f"model.{key}", value) for key, value in measure.options.items() if key == "guidance_interval"}
+    for key in (("decoder", "options.feature_weight"), ("decoder", "options.latent_noise"), ("generator-repa", "options.alignment_head"), ("generator-repa", "options.alignment_targets"), ("generator", "model.guidance_interval")):
+        assert (*key, IMPROVEMENTS[key][1]) in found
+    assert ("generator", "model.shift", 3.0) in found  # tiny's shift by the rule, see above
 
 
 @pytest.mark.parametrize("name", PAPERS)
@@ -174,3 +229,15 @@ def test_a_corpus_survives_json_and_changes_the_fingerprint(tmp_path):
     assert load_preset(str(tmp_path / "mine.json")).corpus == given.corpus and {**paper.corpus, "path": str(tmp_path)}.items() <= given.corpus.items()
     assert data_fingerprint(override(paper, "generator", {"corpus.template": "A [CLS]."}), "generator") != data_fingerprint(paper, "generator")
     assert paper.corpus["template"] == "This is an image of a [CLS]." and load_preset("paper-stockmix").corpus["template"] is None
+
+
+def test_paths_of_a_corpus_stay_out_of_records_and_fingerprints(tmp_path):
+    from vugen.train.presets import check_inputs, corpus_record
+    def preset(place): return override(load_preset("paper-stockmix"), "decoder", {"corpus.kind": "images", "corpus.sets": json.dumps([[0.6, {"path": f"{place}/cc12m"}], [0.4, {"kind": "hub", "path": "owner/yfcc"}]]), "corpus.validation": f"{place}/coco"})
+    here, there = preset(tmp_path), preset("/elsewhere")
+    assert data_fingerprint(here, "decoder") == data_fingerprint(there, "decoder") != data_fingerprint(override(here, "decoder", {"corpus.sets": json.dumps([[1, {"path": "cc12m"}]])}), "decoder")
+    told = corpus_record(here.corpus)
+    assert told["sets"] == [[0.6, {"path": "cc12m"}], [0.4, {"kind": "hub", "path": "owner/yfcc"}]] and told["validation"] == {"path": "coco"} and str(tmp_path) not in json.dumps(told)
+    with pytest.raises(UserError, match="corpus.sets.0.path .*cc12m is not a folder; corpus.validation.path .*coco is not a folder"): check_inputs(here, "decoder")
+    named = [override(load_preset("paper-imagenet"), "decoder", {"corpus.path": path}) for path in ("one", "two/three")]
+    assert data_fingerprint(named[0], "decoder") == data_fingerprint(named[1], "decoder")

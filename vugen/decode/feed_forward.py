@@ -46,6 +46,7 @@ class FeedForwardDecoder(nn.Module, PretrainedMixin):
                latents: torch.Tensor,  # [B,N,d], N a square number
                num_inference_steps: int | None = None,  # of the seam; one pass whatever it says
                seed: int = 0,  # of the seam; there is no noise
+               first: int = 0,  # of the seam
                ) -> torch.Tensor:  # [B,3,H,W] in [0,1]
         "Paint the pictures that the latents describe."
         return to_unit(self(latents)[0])

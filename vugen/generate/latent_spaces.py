@@ -35,7 +35,7 @@ class LatentSpace(Protocol):
 
     def decode(self,
         latents: torch.Tensor, # [B, N, d]
-        num_inference_steps: int = 8, # sampler steps, where decoding is sampling
+        num_inference_steps: int | None = None, # sampler steps, where decoding is sampling; the decoder's own number if not given
         seed: int = 0, # of the decoder's own noise, if it has any
         first: int = 0, # number of the first picture: picture i has the noise of (seed, first + i)
     ) -> torch.Tensor: ... # [B, 3, H, W] in [0, 1]
@@ -60,8 +60,9 @@ class UnderstandingSpace:
     @torch.no_grad()
     def encode(self, images): return self._part("reducer").encode(self.vision(images).tokens)
 
-    def decode(self, latents, num_inference_steps=8, seed=0, first=0):
-        return self._part("pixel_decoder").decode(latents, num_inference_steps=num_inference_steps, seed=seed, **({"first": first} if first else {}))
+    def decode(self, latents, num_inference_steps=None, seed=0, first=0):
+        said = {"num_inference_steps": num_inference_steps, "first": first or None}
+        return self._part("pixel_decoder").decode(latents, seed=seed, **{name: value for name, value in said.items() if value is not None})
 
 # %% ../../nbs/generate/latent_spaces.ipynb #9cd0084f
 def patch_size_for(
@@ -124,7 +125,7 @@ class VAESpace:
     def encode(self, images): return self.whitening.encode(self.tokens(images))
 
     @torch.no_grad()
-    def decode(self, latents, num_inference_steps=8, seed=0, first=0): # nothing is sampled: steps and seed change nothing
+    def decode(self, latents, num_inference_steps=None, seed=0, first=0): # nothing is sampled: steps and seed change nothing
         raw = unpatchify(self.whitening.decode(latents), self.patch_size)
         return self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).float()
 

@@ -23,7 +23,7 @@ from ..models.saving import CONFIG_FILE, PretrainedMixin, as_dtype, building, fi
 
 # %% auto #0
 __all__ = ['check_prompts', 'latent_noise', 'resolve_shift', 'check_interval', 'TextToImage', 'generator_folder', 'vlm_folder',
-           'vlm_link', 'load_pixel_decoder', 'generate', 'draw', 'denoising_error']
+           'vlm_link', 'load_pixel_decoder', 'generate', 'draw', 'paint_with', 'denoising_error']
 
 # %% ../../nbs/generate/text_to_image.ipynb #3572c446
 def check_prompts(
@@ -66,6 +66,7 @@ def check_interval(
     interval, # (from, to) in t, both included
 ) -> tuple[float, float]: # the same
     "Refuse what is no interval of times with a `UserError`"
+    if not (isinstance(interval, (tuple, list)) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)): raise UserError(f"the guidance interval is {interval!r}: give two times such as [0.1, 1].")
     low, high = interval
     if not 0 <= low <= high <= 1: raise UserError(f"the guidance interval is {low:g} to {high:g}: give two times from 0 (noise) to 1 (data), the smaller one first.")
     return float(low), float(high)
@@ -188,7 +189,7 @@ class TextToImage(nn.Module, PretrainedMixin):
 
     # sampling and scoring: see the functions of the same names below
     def generate(self, prompts, guidance_scale=None, num_inference_steps=None, seed=0, **options): return generate(self, prompts, guidance_scale, num_inference_steps, seed, **options)
-    def images(self, prompts, guidance_scale=None, num_inference_steps=None, seed=0, decoder_steps=8, **options): return draw(self, prompts, guidance_scale, num_inference_steps, seed, decoder_steps, **options)
+    def images(self, prompts, guidance_scale=None, num_inference_steps=None, seed=0, decoder_steps=None, **options): return draw(self, prompts, guidance_scale, num_inference_steps, seed, decoder_steps, **options)
     def denoising_error(self, images, captions, num_samples=8, seed=0, **options): return denoising_error(self, images, captions, num_samples, seed, **options)
 
 # %% ../../nbs/generate/text_to_image.ipynb #9c27c092
@@ -219,11 +220,11 @@ def vlm_link(
 
 
 def load_pixel_decoder(
-    folder: str | Path, # of a saved `PixelDiffusionDecoder`
+    folder: str | Path, # of a saved decoder, of any class
 ) -> nn.Module: # a `Decoder`
-    "The decoder from latents to pictures"
-    from vugen.decode.pixel_diffusion import PixelDiffusionDecoder
-    return PixelDiffusionDecoder.from_pretrained(folder)
+    "What paints latents"
+    from vugen.decode.autoencoder import load_decoder
+    return load_decoder(folder)
 
 # %% ../../nbs/generate/text_to_image.ipynb #1f5dca75
 @torch.no_grad()
@@ -257,7 +258,7 @@ def draw(
     guidance_scale: float | None = None, # 1 is no guidance; the model's default if not given
     num_inference_steps: int | None = None, # Euler steps in the latent space
     seed: int = 0, # of the latents' and the decoder's noise
-    decoder_steps: int = 8, # steps of the pixel decoder
+    decoder_steps: int | None = None, # steps of what paints; its own number if not given
     first: int = 0, # number of the first picture, where many are drawn in parts
     **options, # of `generate`
 ) -> torch.Tensor: # [B, 3, H, W] in [0, 1]
@@ -265,6 +266,21 @@ def draw(
     model.space.require_decoder() # now, not after the sampling
     latents = generate(model, prompts, guidance_scale, num_inference_steps, seed, first=first, **options)
     return model.space.decode(latents, num_inference_steps=decoder_steps, seed=seed, first=first)
+
+# %% ../../nbs/generate/text_to_image.ipynb #12ff7cd8
+def paint_with(
+    model: TextToImage, # with its parts
+    folder: str | Path, # of a trained decoder stage, such as ROOT/decoder-ldm
+) -> TextToImage: # the same
+    "Let another decoder paint what the generator samples; a `UserError` where it was trained on other latents"
+    from vugen.decode.autoencoder import decoder_folder
+    folder = Path(folder)
+    if model.config["space"] != "understanding": raise UserError("this generator samples the latents of a VAE, which paints them itself: name no decoder.")
+    if not (decoder_folder(folder) / CONFIG_FILE).is_file(): raise UserError(f"{folder} holds no decoder: train it with `vugen train {folder.name} --root {folder.parent}`, or name another.")
+    if fingerprint(load_reducer(folder / "reducer")) != fingerprint(model.reducer): raise UserError(f"{folder.name} paints the latents of another reducer than this generator samples: name a decoder that was trained on the same one.")
+    decoder = load_pixel_decoder(decoder_folder(folder)).to(model.device).requires_grad_(False)
+    model.pixel_decoder = model.space.parts["pixel_decoder"] = decoder
+    return model
 
 # %% ../../nbs/generate/text_to_image.ipynb #31eadd40
 @torch.no_grad()

@@ -24,14 +24,14 @@ from ..paths import atomic_path, checkpoints_dir, without_folders
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS', 'run_record',
            'write_json', 'check_target', 'delivery', 'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number',
            'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
-           'reads_freely', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures', 'read_images', 'Reconstruct',
-           'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
-           'as_wanted', 'scorer_rows', 'show_classification', 'show_notes', 'place_scorers', 'world_size', 'seen_size',
-           'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows', 'Retrieve', 'check_retrieve',
-           'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures', 'Evaluate',
-           'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Describe',
-           'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb',
-           'command_of', 'run_verb', 'main']
+           'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
+           'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
+           'Classify', 'classify_rows', 'as_wanted', 'scorer_rows', 'show_classification', 'show_notes',
+           'place_scorers', 'world_size', 'seen_size', 'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows',
+           'Retrieve', 'check_retrieve', 'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table',
+           'save_figures', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
+           'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather',
+           'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -190,7 +190,8 @@ class Generate:
     guidance_scale: Optional[float] = None  # 1 is no guidance; default the model's
     guidance_interval: Optional[tuple[float, float]] = None  # guide only from t to t (0 is noise, 1 is data); default the model's
     steps: Optional[int] = None  # sampler steps; default the model's
-    decoder_steps: int = 8  # steps of the pixel decoder
+    decoder: Optional[str] = None  # which of the folder's decoders paints: decoder, decoder-ldm, distill or decoder-feedforward; default the generator's own
+    decoder_steps: Optional[int] = None  # steps of the decoder; default its own number
     seed: int = 0  # of the noise
     size: Optional[int] = None  # side of the PNG files in pixels; default the model's own
     generator: str = "generator"  # which of the folder's generators: also generator-decoupled or generator-repa
@@ -201,12 +202,14 @@ class Generate:
         check_generate(self); check_target(self.out, "folder")
         root = root_of(self.root)
         prompts, device = (check_captions(self.prompts, "prompt") if reads_freely(root / self.generator) else check_prompts(self.prompts)), pick_device(self.device)
-        from vugen.generate.text_to_image import TextToImage
-        model, start = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device), time.perf_counter()
+        from vugen.generate.text_to_image import TextToImage, paint_with
+        model = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device)
+        if self.decoder: paint_with(model, decoder_in(root, self.decoder))
+        start = time.perf_counter()
         asked, used = [prompt for prompt in prompts for _ in range(self.n)], sampling_of(self, model)
         images = draw_chunks(model, asked, self.seed, Counter(), **used)
         seconds = time.perf_counter() - start
-        names = save_images(images, asked, run_record(command, self.seed, root, device, generator=self.generator, **used, seconds=round(seconds, 2)), self.out, self.size)
+        names = save_images(images, asked, run_record(command, self.seed, root, device, generator=self.generator, decoder=self.decoder, **used, seconds=round(seconds, 2)), self.out, self.size)
         print(f"{len(names)} pictures in {self.out} ({len(names) / seconds:.1f} a second)")
 
 # %% ../../nbs/lab/cli.ipynb #63fbc5e0
@@ -235,10 +238,24 @@ def reads_freely(folder):  # of a generator
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return False
 
 
+def decoder_in(root, name):  # folder of checkpoints, a folder in it
+    "The folder of the named decoder stage."
+    trained = sorted(path.parent.name for path in root.glob("*/reducer") if any((path.parent / kind).is_dir() for kind in ("pixel_decoder", "latent_decoder")))
+    if name not in trained: raise UserError(f"{root} holds no decoder {name!r}: train it with `vugen train {name if name in STAGES else 'decoder'} --root {root}`, or choose one of {', '.join(trained) or 'none'}.")
+    return root / name
+
+
+def painting_steps(verb, model):  # Generate, TextToImage
+    "Steps of what paints; None where nothing is sampled."
+    from vugen.decode.autoencoder import own_steps
+    painter = getattr(model, "pixel_decoder", None)
+    return own_steps(painter) if verb.decoder_steps is None and painter is not None else verb.decoder_steps
+
+
 def sampling_of(verb, model):  # Generate, TextToImage
     "What pictures are drawn with: the options, or the model's own values where none was given (0 is given)."
     def own(value, name): return getattr(model, name) if value is None else value
-    return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "guidance_interval": own(verb.guidance_interval, "guidance_interval"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": verb.decoder_steps}
+    return {"guidance_scale": own(verb.guidance_scale, "guidance_scale"), "guidance_interval": own(verb.guidance_interval, "guidance_interval"), "num_inference_steps": own(verb.steps, "num_inference_steps"), "decoder_steps": painting_steps(verb, model)}
 
 # %% ../../nbs/lab/cli.ipynb #e812aef2
 CHUNK = 32  # pictures drawn at a time

@@ -479,7 +479,7 @@ def judge_parts(preset, hidden_size, stage="decoder"):  # hidden_size: of the pi
     encoder, width, side = target
     def look(batch):
         with torch.no_grad(): return encoder(_pictures(batch, side))
-    link = FeatureAlignment(hidden_size, width).to("meta")
+    link = FeatureAlignment(hidden_size, width, options.get("alignment_head", "repa")).to("meta")
     return [*parts, Part("alignment encoder", stage, encoder, look, trained=False),
             Part("alignment projector", stage, link, lambda batch: link(_meta(batch, grid**2, hidden_size), _meta(batch, grid**2, width)))]
 

@@ -42,7 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..paths import atomic_path, checkpoints_dir, without_folders
 from .cards import as_rows, environment, model_card
-from .presets import Preset, Recipe, check_inputs, data_fingerprint, load_preset, override
+from .presets import Preset, Recipe, check_inputs, corpus_record, data_fingerprint, load_preset, override
 
 # %% ../../nbs/train/loop.ipynb #2bb35ae6
 class Stage(Protocol):
@@ -345,9 +345,7 @@ def _corpus_facts(stage):
     "What the record says of the stage's corpus: its keys and fingerprint, and of its path the last part only."
     preset, corpus = getattr(stage, "preset", None), getattr(stage, "corpus", None)
     if corpus is None: return {}
-    facts = {key: value for key, value in preset.corpus.items() if key != "workers"}
-    on_hub = facts["kind"] == "hub" and not Path(str(facts["path"])).exists()
-    return {**facts, "path": facts["path"] if on_hub else Path(str(facts["path"])).name, "fingerprint": corpus.fingerprint()}
+    return {**corpus_record(preset.corpus), "fingerprint": corpus.fingerprint()}
 
 # %% ../../nbs/train/loop.ipynb #dbf1c7d5
 def to_device(value, device):
