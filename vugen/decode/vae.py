@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSERS_VAES', 'Posterior', 'as_posterior', 'LatentAutoencoder', 'PlainResBlock', 'conv_encoder', 'conv_decoder',
-           'ConvVAE', 'vae_loss', 'diffusers_class', 'find_diffusers_vae', 'DiffusersVAE', 'load_whole', 'load_vae']
+           'ConvVAE', 'vae_loss', 'diffusers_class', 'find_diffusers_vae', 'DiffusersVAE', 'load_whole', 'is_our_vae',
+           'load_vae']
 
 # %% ../../nbs/decode/vae.ipynb #ea6be021
 import json
@@ -223,10 +224,13 @@ def load_whole(kind, source, place: dict):
     return model
 
 # %% ../../nbs/decode/vae.ipynb #dd4322bd
+def is_our_vae(name: str | Path) -> bool:  # a folder, or a hub id
+    "Whether the folder holds a VAE of our own."
+    try: return json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8")).get("class") is not None
+    except (OSError, ValueError, AttributeError): return False  # `DiffusersVAE` says what is wrong
+
+
 def load_vae(name: str | Path  # a folder written by `save_pretrained` of either kind, or a hub id
              ) -> LatentAutoencoder:
     "A VAE of any kind, frozen."
-    path = Path(name).expanduser() / "config.json"
-    try: ours = json.loads(path.read_text(encoding="utf-8")).get("class") is not None
-    except (OSError, ValueError, AttributeError): ours = False  # `DiffusersVAE` says what is wrong
-    return ConvVAE.from_pretrained(name).requires_grad_(False) if ours else DiffusersVAE.from_pretrained(name)
+    return ConvVAE.from_pretrained(name).requires_grad_(False) if is_our_vae(name) else DiffusersVAE.from_pretrained(name)

@@ -457,8 +457,9 @@ def _missing_judges(perceptual):  # options.perceptual
 def _missing_vae(name):  # options.vae
     "What a published VAE lacks, one clause; only its configuration is fetched."
     if "/" not in name: return []  # a stage's
+    from vugen.decode.vae import find_diffusers_vae, is_our_vae
+    if is_our_vae(name): return []
     if not importlib.util.find_spec("diffusers"): return [f"the VAE {name} needs the package diffusers (install it)"]
-    from vugen.decode.vae import find_diffusers_vae
     try: find_diffusers_vae(name)
     except UserError as error: return [f"the VAE {str(error).split(':')[0]}"]
     return []
