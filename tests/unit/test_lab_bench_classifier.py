@@ -11,6 +11,7 @@ from vugen.lab.bench import Bench
 from vugen.lab.bench_classifier import (Outcome, SETTINGS, bench_items, bench_schedules, cheapest, classifier_bench, classifier_table, crossed_sharpness, item_plan, one_sample_row,
                                         outcome_rows, paired_difference, plateau, published_row, replay_schedules, schedule_seconds)
 from vugen.lab.cli import main
+from vugen.paths import data_dir
 from vugen.understand.error_store import ErrorStore
 
 
@@ -141,3 +142,27 @@ def test_mistakes_are_one_sentence(words, said):
 def test_a_store_that_is_a_file(tmp_path):
     (tmp_path / "store").write_text("")
     with pytest.raises(UserError, match="is a file"): classifier_bench(Bench("classifier", errors=tmp_path / "store"))
+
+
+# what is told in the notebooks
+
+def committed():
+    return [row for path in sorted((data_dir() / "bench/classifier").glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+
+
+def test_committed_rows_can_be_read_and_name_no_folder():
+    rows = committed()
+    assert {(row["difficulty"], row["model"]) for row in rows if "schedule" in row} >= {(name, model) for name in ("close", "crowd-100") for model in ("generator", "generator-decoupled")}
+    assert all({"case", "metric", "value", "unit", "ratio_to"} <= set(row) for row in rows) and "/" not in "".join(row["case"] for row in rows)
+
+
+@pytest.mark.parametrize("model", ["generator", "generator-decoupled"])
+def test_the_close_items_are_in_their_band(model):
+    found = next(row for row in committed() if row["family"] == "one sample" and row["difficulty"] == "close" and row["model"] == model)
+    full = next(row for row in committed() if row.get("schedule") == "exhaustive" and row["metric"] == "accuracy" and row["difficulty"] == "close" and row["model"] == model)
+    assert .6 <= found["low"] < found["high"] <= .75 and found["n"] >= 300 and .8 <= full["value"] <= .95
+
+
+def test_races_stop_no_more_often_than_their_level_allows_on_real_differences():
+    found = [row for row in committed() if row["family"] == "null"]
+    assert len(found) == 8 and all(row["low"] <= 2 * row["setting"] for row in found)
