@@ -805,7 +805,7 @@ def pareto_figure(
     rows: list[dict],  # of `with_front`
     group: str = "all",
 ):  # matplotlib figure
-    "Recall@1 against the cost of a query: a line for each K, a point for each budget, and the front"
+    "Recall@1 against the cost of a query: a line for each K, a point for each budget, the front, and the cap of each K as a faint level"
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(5.4, 3.4), dpi=80, layout="constrained")
     points = [row for row in _shown(rows, group, "recall") if row["metric"] == "recall@1"]
@@ -815,6 +815,9 @@ def pareto_figure(
         for line, style in (([row for row in mixed if row["shortlist"] == k], "-"), ([row for row in points if row["budget"] and row not in mixed + raced and row["shortlist"] == k], ":"), ([row for row in raced if row["shortlist"] == k], "x")):
             marks = {"linestyle": "", "marker": "x", "markersize": 6} if style == "x" else {"linestyle": style, "marker": "o", "markersize": 3}
             axis.plot([row["gflops"] for row in line], [row["value"] for row in line], color=f"C{number}", label=f"K = {k}" if style == "-" else None, **marks)
+    for number, k in enumerate(dict.fromkeys(row["shortlist"] for row in mixed)):
+        for row in rows:
+            if row["images"] == group and row["metric"] == f"recall@{k}" and not row["budget"]: axis.axhline(row["value"], color=f"C{number}", linewidth=.7, linestyle=(0, (1, 3)))
     for row in points:
         if not row["budget"]: axis.errorbar(row["gflops"], row["value"], [[row["value"] - row["low"]], [row["high"] - row["value"]]], marker="s", color="black", capsize=2, label="search alone")
     front = sorted((row["gflops"], row["value"]) for row in points if row["front"])
