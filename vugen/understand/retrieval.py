@@ -478,8 +478,11 @@ def read_engine(path: Path, vectors: np.ndarray):
     try: engine = import_faiss().read_index(str(path))
     except RuntimeError as error: raise UserError(f"{path} is damaged and cannot be read: {again}.") from error
     if engine.ntotal != len(vectors) or engine.d != vectors.shape[1]: raise UserError(f"{path} holds {engine.ntotal:,} vectors of {engine.d} numbers, not {len(vectors):,} of {vectors.shape[1]}: {again}.")
-    probes = np.ascontiguousarray(vectors[[0, len(vectors) // 2, -1]], np.float32)
-    if (engine.search(probes, 1)[0][:, 0] < (probes ** 2).sum(1) - 1e-3).any(): raise UserError(f"{path} holds the vectors of other captions or of another model: {again}.")
+    places = [0, len(vectors) // 2, len(vectors) - 1]
+    probes = np.ascontiguousarray(vectors[places], np.float32)
+    if hasattr(engine, "nprobe"): same = (engine.search(probes, 1)[0][:, 0] >= (probes ** 2).sum(1) - 1e-3).all()  # a vector lies in its own nearest cell
+    else: same = np.allclose([engine.reconstruct(place) for place in places], probes, atol=1e-3)
+    if not same: raise UserError(f"{path} holds the vectors of other captions or of another model: {again}.")
     return engine
 
 # %% ../../nbs/understand/retrieval.ipynb #f0cc3033
@@ -802,7 +805,7 @@ def pareto_figure(
     rows: list[dict],  # of `with_front`
     group: str = "all",
 ):  # matplotlib figure
-    "Recall@1 against the cost of a query: a line for each K, a point for each budget, and the front"
+    "Recall@1 against the cost of a query: a line for each K, a point for each budget, the front, and the cap of each K as a faint level"
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(5.4, 3.4), dpi=80, layout="constrained")
     points = [row for row in _shown(rows, group, "recall") if row["metric"] == "recall@1"]
@@ -812,6 +815,9 @@ def pareto_figure(
         for line, style in (([row for row in mixed if row["shortlist"] == k], "-"), ([row for row in points if row["budget"] and row not in mixed + raced and row["shortlist"] == k], ":"), ([row for row in raced if row["shortlist"] == k], "x")):
             marks = {"linestyle": "", "marker": "x", "markersize": 6} if style == "x" else {"linestyle": style, "marker": "o", "markersize": 3}
             axis.plot([row["gflops"] for row in line], [row["value"] for row in line], color=f"C{number}", label=f"K = {k}" if style == "-" else None, **marks)
+    for number, k in enumerate(dict.fromkeys(row["shortlist"] for row in mixed)):
+        for row in rows:
+            if row["images"] == group and row["metric"] == f"recall@{k}" and not row["budget"]: axis.axhline(row["value"], color=f"C{number}", linewidth=.7, linestyle=(0, (1, 3)))
     for row in points:
         if not row["budget"]: axis.errorbar(row["gflops"], row["value"], [[row["value"] - row["low"]], [row["high"] - row["value"]]], marker="s", color="black", capsize=2, label="search alone")
     front = sorted((row["gflops"], row["value"]) for row in points if row["front"])
