@@ -1,9 +1,15 @@
 "Denoising errors against hand calculation, exact posteriors and the generator's own error."
+import numpy as np
 import pytest
+import scipy.optimize
+import scipy.stats
 import torch
 
-from vugen.understand.diffusion_classifier import (GaussianMixtureClasses, accuracy_by_time, classifier_scores, classifier_times, denoising_errors,
-                                                   likelihood_weights, paired_errors, paired_noises)
+from vugen.errors import UserError
+from vugen.models.flow import PREDICTIONS, convert, interpolate
+from vugen.understand.diffusion_classifier import (ESTIMATORS, LOSSES, WEIGHTS, GaussianMixtureClasses, accuracy_by_samples, accuracy_by_time, bernstein, classifier_scores, classifier_times, corrected,
+                                                   denoising_errors, even_times, fit_time_weight, fitted_weight, hashed_uniform, likelihood_weights, noise_of, paired_errors, paired_noises, residual_losses,
+                                                   sample_plan, scrambled, stratified_times, time_weight, uniform_times, van_der_corput, weighted)
 
 
 @pytest.mark.parametrize("count, low, high", [(1, 0., 1.), (5, .2, .8), (100, 0., 1.)])
@@ -144,3 +150,234 @@ def test_agrees_with_the_generators_own_error():
     raw = DenoisingScorer(toy, toy.encode_images, num_times=3, subtract_unconditional=False).score(samples["images"], samples["captions"])
     shift = matrix - raw
     assert torch.allclose(shift, shift[:, :1].expand(-1, 3), atol=1e-3) and shift.std() > 0  # one number a picture: nothing changes between captions
+
+
+def test_hashed_numbers_are_uniform_and_independent():
+    draws = np.stack([hashed_uniform(seed, 1, np.arange(20_000)) for seed in range(3)])
+    assert all(scipy.stats.kstest(row, "uniform").pvalue > .001 for row in draws)
+    assert np.abs(np.corrcoef(draws) - np.eye(3)).max() < .03 and abs(np.corrcoef(draws[0, :-1], draws[0, 1:])[0, 1]) < .03
+    assert len(np.unique(draws)) == draws.size
+
+
+def test_van_der_corput_is_scipys():
+    assert np.array_equal(van_der_corput(np.arange(300)), scipy.stats.qmc.Halton(1, scramble=False).random(300)[:, 0])
+
+
+@pytest.mark.parametrize("power", range(9))
+def test_scrambled_points_lie_one_in_each_stratum(power):
+    for seed in (0, 7):
+        for block in (0, 3):  # of every aligned block, not of the first alone
+            points = scrambled(np.arange(2 ** power) + block * 2 ** power, seed)
+            assert sorted((points * 2 ** power).astype(int)) == list(range(2 ** power)) and 0 < points.min() and points.max() < 1
+
+
+def test_each_scrambled_point_is_uniform():
+    draws = np.stack([stratified_times(5, seed) for seed in range(800)])
+    assert all(scipy.stats.kstest(draws[:, place], "uniform").pvalue > .001 for place in range(5))
+
+
+def test_even_times_are_the_midpoints_from_the_middle_outwards():
+    for count in (1, 2, 5, 10, 64): assert np.allclose(np.sort(even_times(count, 0)), classifier_times(count, 0, 1))
+    for power in (1, 2, 3, 4, 5):  # the first 2ᵏ − 1 leave no gap twice as long as another
+        first = np.sort(even_times(1023, 0)[:2 ** power - 1])
+        assert np.ptp(np.diff([0, *first, 1])) < .002
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_plans_are_functions_of_seed_and_index(name):
+    plan, twin, other = (sample_plan(12, name, .1, .9, seed) for seed in (4, 4, 5))
+    assert torch.equal(plan.times, twin.times) and torch.equal(plan.noises((3, 2)), twin.noises((3, 2))) and not torch.equal(plan.noises((3, 2)), other.noises((3, 2)))
+    assert ("even" in name) == torch.equal(plan.times, other.times) and .1 < plan.times.min() and plan.times.max() < .9 and plan.times.dtype == torch.float64
+    if "even" not in name:
+        longer = sample_plan(50, name, .1, .9, 4)
+        assert torch.equal(longer[:12].times, plan.times) and torch.equal(longer.noises((3, 2))[:12], plan.noises((3, 2)))
+    for number, (index, sign) in enumerate(zip(plan.index.tolist(), plan.sign.tolist())): assert torch.equal(plan.noises((4,))[number], sign * noise_of(4, index, (4,)))
+    paired = ESTIMATORS[name][1]
+    assert plan.index.tolist() == [place // 2 if paired else place for place in range(12)] and plan.sign.tolist() == ([1, -1] * 6 if paired else [1] * 12)
+    if paired: assert torch.equal(plan.times[::2], plan.times[1::2])
+    chosen = plan[torch.tensor([3, 0])]
+    assert torch.equal(chosen.noises((4,)), plan.noises((4,))[[3, 0]]) and len(chosen) == 2
+    assert len(sample_plan(7, name)) == 7  # odd numbers too
+
+
+def test_noises_are_normal_and_independent():
+    noises = sample_plan(500, "uniform", seed=2).noises((40,))
+    assert scipy.stats.kstest(noises.flatten().numpy(), "norm").pvalue > .001
+    assert abs(np.corrcoef(noises[:-1].flatten(), noises[1:].flatten())[0, 1]) < .03
+    times = uniform_times(500, 2)
+    assert np.abs([np.corrcoef(times, noises[:, place])[0, 1] for place in range(40)]).max() < .2
+
+
+def test_estimators_are_unbiased_and_their_variances_as_in_theory():
+    "∫ e^t dt, where the variance of n independent times is known, and stratified ones gain a factor of n² for smooth functions"
+    truth, one = np.e - 1, (np.e ** 2 - 1) / 2 - (np.e - 1) ** 2
+    means = {kind: np.stack([np.exp(sample_plan(64, kind, 0, 1, seed).times.numpy()) for seed in range(600)]).cumsum(1) / np.arange(1, 65) for kind in ("uniform", "stratified")}
+    for number in (1, 4, 16, 64):
+        error = means["uniform"][:, number - 1]
+        assert abs(error.mean() - truth) < 5 * np.sqrt(one / number / 600) and error.var() == pytest.approx(one / number, rel=.3)
+        layered = means["stratified"][:, number - 1]
+        local = (np.e ** 2 - 1) / 2 / 12 / number ** 3  # mean of f'² over 12 n³
+        assert abs(layered.mean() - truth) < 5 * np.sqrt(one / number ** 3 / 600) and layered.var() == pytest.approx(local, rel=.3)
+    even = np.exp(sample_plan(64, "even", 0, 1).times.numpy()).mean()
+    assert abs(even - truth) < np.e / 24 / 64 ** 2
+
+
+def test_antithetic_noises_cancel_what_is_odd():
+    direction, plan = torch.tensor([1., -2., 3.]), sample_plan(8, "antithetic")
+    assert abs((plan.noises((3,)) @ direction).sum()) < 1e-5 and abs((sample_plan(8, "stratified").noises((3,)) @ direction).sum()) > .1
+
+
+@pytest.mark.parametrize("arguments, message", [((0,), "at least one sample"), ((4, "golden"), "no estimator 'golden'"), ((4, "even", .5, .5), "low < high"), ((4, "even", -.1, .5), "0 ≤ low")])
+def test_impossible_plans(arguments, message):
+    with pytest.raises(UserError, match=message): sample_plan(*arguments)
+
+
+def test_losses_are_torchs():
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = 2 * torch.randn(5, 3, 4, generator=generator), torch.randn(5, 3, 4, generator=generator)
+    found = residual_losses(predicted, target)
+    per_row = lambda loss: loss(predicted, target, reduction="none").flatten(1).sum(1)
+    for place, loss in enumerate((torch.nn.functional.mse_loss, torch.nn.functional.l1_loss, torch.nn.functional.huber_loss)): assert torch.allclose(found[:, place], per_row(loss), rtol=1e-5)
+    assert residual_losses(predicted.bfloat16(), target.bfloat16()).dtype == torch.float32
+    network = lambda noisy, t, told: noisy * t.view(-1, 1)
+    latents, times, noises = torch.randn(2, 4, generator=generator), torch.tensor([.2, .7]), torch.randn(2, 4, generator=generator)
+    for place, loss in enumerate(LOSSES):
+        errors = paired_errors(network, latents, [0, 1], times, noises, loss=loss)
+        direct = [residual_losses(network(interpolate(latents, noises[[j, j]], times[[j, j]]), times[[j, j]], None), latents - noises[j]) for j in (0, 1)]
+        assert torch.allclose(errors, torch.stack([each[:, place] for each in direct], 1))
+    with pytest.raises(UserError, match="no loss 'l3'"): paired_errors(network, latents, [0, 1], times, noises, loss="l3")
+
+
+@pytest.mark.parametrize("name, prediction, stated", [("uniform", "velocity", lambda t: 1), ("simple", "epsilon", lambda t: 1), ("vdm", "data", lambda t: t / (1 - t) ** 3),
+                                                      ("exponential", "data", lambda t: np.exp(-7 * (1 - t)))])
+@pytest.mark.parametrize("loss", ["l2", "l1"])
+def test_weights_are_those_of_the_error_they_are_stated_for(name, prediction, stated, loss):
+    "The velocity's loss under the restated weight is the stated weight times the loss of that prediction, computed from the prediction itself"
+    generator = torch.Generator().manual_seed(1)
+    data, noise, guess = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = torch.linspace(.1, .9, 6, dtype=torch.float64)
+    x_t = interpolate(data, noise, t)
+    truth = {"velocity": data - noise, "epsilon": noise, "data": data}[prediction]
+    size = (lambda residual: residual.square().sum(1)) if loss == "l2" else (lambda residual: residual.abs().sum(1))
+    expected = torch.as_tensor(stated(t)) * size(convert(guess, x_t, t, "velocity", prediction) - truth)
+    assert WEIGHTS[name].prediction == prediction in PREDICTIONS
+    losses = residual_losses(guess, data - noise)
+    assert torch.allclose(weighted(losses, t, loss, name), expected, rtol=1e-5)
+
+
+def test_unknown_weights_and_losses():
+    with pytest.raises(UserError, match="no weight 'heavy': choose among uniform, simple, vdm, exponential"): time_weight("heavy")
+    with pytest.raises(UserError, match="no loss"): weighted(torch.zeros(1, 1, 3), torch.tensor([.5]), "l3")
+    assert time_weight(WEIGHTS["vdm"]) is WEIGHTS["vdm"] and all(weight(torch.tensor([0., 1.])).isfinite().all() for weight in WEIGHTS.values())
+
+
+def test_vdm_weight_is_the_likelihood_and_no_other_weight_is(mixture):
+    points = mixture.sample(torch.arange(40) % 2, torch.Generator().manual_seed(4))
+    plan = sample_plan(2048, "antithetic", 0, 1, seed=5)
+    errors, truth = denoising_errors(mixture.velocity, points, [0, 1], plan.times.float(), plan.noises((3,)), batch_size=2000), mixture.log_likelihood(points)
+    ratio = truth[:, 0] - truth[:, 1]
+    def slope(weight):
+        scores = classifier_scores(errors, time_weight(weight)(plan.times))
+        found = scores[:, 0] - scores[:, 1]
+        return ((found * ratio).sum() / ratio.square().sum()).item()
+    assert abs(slope("vdm") - 1) < .06
+    assert all(abs(slope(name) - 1) > .2 for name in WEIGHTS if name != "vdm")
+    assert torch.allclose(WEIGHTS["vdm"](plan.times), likelihood_weights(plan.times))
+
+
+def mid_times_only(count, seed):
+    "Errors [I, 3, 32] of items for which the caption matters between t = 0.35 and 0.65, and a false lead that grows towards t = 1"
+    generator = torch.Generator().manual_seed(seed)
+    labels, times = torch.arange(count) % 3, sample_plan(32, "stratified", .02, .98).times
+    wrong = (torch.arange(3) != labels[:, None]).double()[..., None]
+    informative = ((times - .5).abs() < .15).double()
+    lead = torch.randn(count, 3, 1, generator=generator).double() * 2 * (times > .7)
+    return 50 + informative * wrong * .6 + lead + .7 * torch.randn(count, 3, 32, generator=generator).double(), labels, times
+
+
+def test_fitted_weight_is_the_optimum():
+    "The same problem in the power basis, solved by scipy: same cross-entropy, same curve"
+    errors, labels, times = mid_times_only(60, 0)
+    fitted = fit_time_weight(errors, labels, times, ridge=0.)
+    powers = torch.stack([times ** place for place in range(4)], -1)
+    features = -torch.einsum("ics,sk->ick", errors, powers).numpy() / 32
+    def loss(coefficients):
+        logits = features @ coefficients
+        return float((scipy.special.logsumexp(logits, 1) - logits[np.arange(60), labels.numpy()]).mean())
+    found = scipy.optimize.minimize(loss, np.zeros(4), method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
+    assert fitted.cross_entropy == pytest.approx(found.fun, abs=1e-6)
+    direct = powers.numpy() @ found.x
+    assert np.allclose(fitted(times).numpy(), direct, atol=5e-3 * np.abs(direct).max())
+    scores = classifier_scores(errors, fitted(times)).double()  # logits: a calibrated posterior
+    assert torch.nn.functional.cross_entropy(scores, labels).item() == pytest.approx(fitted.cross_entropy, abs=1e-3)
+
+
+def test_few_items_suffice_to_beat_uniform_weights():
+    errors, labels, times = mid_times_only(400, 1)
+    few, rest = torch.arange(20), torch.arange(20, 400)  # 5%
+    accuracy = lambda weight: accuracy_by_samples(weighted(errors[rest][..., None].expand(-1, -1, -1, 3), times, "l2", weight), labels[rest])[-1].item()
+    fitted = fit_time_weight(errors[few], labels[few], times, ridge=1e-2)
+    assert accuracy(fitted) > accuracy("uniform") + .1 and accuracy(fitted) > accuracy("vdm")
+    curve = fitted(torch.tensor([.05, .5, .95]))
+    assert curve[1] > curve[0] and curve[1] > curve[2]
+
+
+def test_positive_weights_stay_positive():
+    errors, labels, times = mid_times_only(60, 2)
+    errors = errors.flip(1) + 3 * ((times > .8) * (torch.arange(3) == labels[:, None])[..., None])  # late times mislead
+    free, positive = (fit_time_weight(errors, labels, times, positive=choice) for choice in (False, True))
+    grid = torch.linspace(float(times.min()), float(times.max()), 101)
+    assert free(grid).min() < 0 < positive(grid).min() and free.cross_entropy <= positive.cross_entropy + 1e-9
+
+
+def test_fits_of_plans_of_each_item():
+    errors, labels, times = mid_times_only(30, 3)
+    together = fit_time_weight(errors, labels, times)
+    order = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(number)) for number in range(30)])
+    mixed = fit_time_weight(errors.gather(2, order[:, None].expand(-1, 3, -1)), labels, times[order])
+    assert np.allclose(together.coefficients, mixed.coefficients, rtol=1e-4)
+    with pytest.raises(UserError, match="several times"): fit_time_weight(errors, labels, torch.full((32,), .5))
+
+
+def test_bernstein_is_scipys():
+    from scipy.interpolate import BPoly
+    times, coefficients = torch.linspace(.2, .8, 9, dtype=torch.float64), [1., -2., .5, 3.]
+    assert np.allclose(bernstein(times, 3, .2, .8) @ torch.tensor(coefficients, dtype=torch.float64), BPoly(np.array(coefficients)[:, None], [.2, .8])(times))
+    assert np.allclose(fitted_weight(coefficients, (.2, .8))(times), BPoly(np.array(coefficients)[:, None], [.2, .8])(times))
+
+
+def test_correction_matters_between_pictures_and_not_between_captions():
+    means = torch.nn.functional.pad(.5 * torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(0)), (0, 61))
+    every = GaussianMixtureClasses(torch.cat([means.repeat(1, 3, 1), means.reshape(1, 6, 64)]), .35)
+    labels, plan = torch.arange(90) % 3, sample_plan(24, "antithetic")
+    points = every.sample(labels, torch.Generator().manual_seed(1))
+    errors = denoising_errors(every.velocity, points, [0, 1, 2, 3], plan.times.float(), plan.noises((64,)), batch_size=900).double()
+    plain, fair = errors[:, :3], corrected(errors[:, :3], errors[:, 3])
+    assert torch.equal(plain.mean(2).argsort(1), fair.mean(2).argsort(1))  # image → text
+    assert torch.allclose(fair.mean(2).diff(dim=1), plain.mean(2).diff(dim=1))
+    def between_pictures(errors): return torch.stack([(errors[labels == label, label].mean(1) < errors[labels == (label + 1) % 3, label].mean(1)).double().mean() for label in range(3)]).mean()
+    assert between_pictures(fair) > between_pictures(plain) + .1 and between_pictures(fair) > .85
+
+
+def test_accuracy_by_samples_is_that_of_prefixes():
+    errors, labels, _ = mid_times_only(30, 4)
+    found = accuracy_by_samples(errors, labels)
+    for number in (1, 5, 32): assert found[number - 1] == (errors[..., :number].sum(2).argmin(1) == labels).double().mean()
+
+
+def test_scorer_defaults_are_as_they_were_and_options_choose_otherwise():
+    from test_understand_denoisers import toy
+    from vugen.data.scenes import World, batch
+    from vugen.understand.scorers import DenoisingScorer
+    model, samples = toy(), batch(World(), 0, range(3))
+    images, captions = samples["images"], samples["captions"]
+    scorer = DenoisingScorer(model, model.encode_images, subtract_unconditional=False)
+    latents, pairs = model.encode_images(images), captions * 3
+    direct = classifier_scores(paired_errors(model.velocity, latents.repeat_interleave(3, 0), pairs, classifier_times(4), paired_noises(4, (16, 4)), model.prompt_cache, 128)).view(3, 3)
+    assert torch.allclose(scorer.score(images, captions), direct, rtol=1e-5) and scorer.plan is None and scorer.weights is None
+    plan = sample_plan(6, "antithetic", .1, .9, seed=2)
+    chosen = DenoisingScorer(model, model.encode_images, "x", 6, .1, .9, False, 2, estimator="antithetic", weight="exponential", loss="l1")
+    errors = paired_errors(model.velocity, latents.repeat_interleave(3, 0), pairs, plan.times.float(), plan.noises((16, 4)), model.prompt_cache, loss="l1")
+    assert torch.allclose(chosen.score(images, captions), classifier_scores(errors, WEIGHTS["exponential"](plan.times, "l1")).view(3, 3), rtol=1e-4)
+    with pytest.raises(UserError, match="no estimator"): DenoisingScorer(model, model.encode_images, estimator="golden")
+    with pytest.raises(UserError, match="no weight"): DenoisingScorer(model, model.encode_images, weight="heavy")

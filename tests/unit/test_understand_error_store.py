@@ -113,12 +113,17 @@ def test_each_item_may_have_its_own_plan(tmp_path, denoiser):
     assert torch.equal(stacked(store)[0], errors)  # the plans as they were stored
 
 
-def test_repeated_candidates_are_one(tmp_path, denoiser):
-    item = ClassifierItem("twice", ("class 0", "class 1", "class 0"), 0, points(1)[0])
-    store = ErrorStore(tmp_path)
-    fill(store, denoiser, [item], PLAN)
+def test_repeated_candidates_and_pictures_are_one(tmp_path, denoiser):
+    image = points(1)[0]
+    item = ClassifierItem("twice", ("class 0", "class 1", "class 0"), 0, image)
+    same = ClassifierItem("same picture", ("class 2", "class 1"), 0, image)
+    store = ErrorStore(tmp_path / "filled")
+    assert fill(store, denoiser, [item, same, make_items(2, seed=5)[1]], PLAN).calls == 10 * (2 + 1 + 3) == len(store) == len(set(denoiser.seen))
     errors = StoredErrors(store, item, PLAN).errors(torch.arange(3), torch.arange(10))
     assert torch.equal(errors[0], errors[2]) and not torch.equal(errors[0], errors[1])
+    assert torch.equal(StoredErrors(store, same, PLAN).errors(torch.tensor([1]), torch.arange(10))[0], errors[1])
+    live = LiveErrors(ErrorStore(tmp_path / "live"), denoiser, item, PLAN)
+    assert torch.allclose(live.errors(torch.arange(3), torch.arange(10)), errors, rtol=1e-5) and live.cost.calls == 20 == live.asked.calls
 
 
 def test_correction_takes_the_unconditional_error_of_the_same_sample(tmp_path, denoiser):

@@ -153,6 +153,7 @@ class ClassConditions:
     def select(self, index): return ClassConditions(self.labels[index.to(self.labels.device)])
     def __len__(self): return len(self.labels)
 
+# %% ../../nbs/understand/denoisers.ipynb #cc4da5c5
 def class_captions(
     count: int,  # classes
 ) -> list[str]:

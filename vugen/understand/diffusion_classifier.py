@@ -17,10 +17,10 @@ from ..errors import UserError
 from ..models.flow import SMALLEST, convert_error, interpolate, velocity_target
 
 # %% auto #0
-__all__ = ['BITS', 'TIME_PLANS', 'ESTIMATORS', 'LOSSES', 'WEIGHTS', 'classifier_times', 'paired_noises', 'paired_errors',
-           'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights', 'accuracy_by_time',
-           'accuracy_by_samples', 'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled', 'uniform_times',
-           'even_times', 'stratified_times', 'noise_of', 'SamplePlan', 'sample_plan', 'residual_losses', 'TimeWeight',
+__all__ = ['LOSSES', 'BITS', 'TIME_PLANS', 'ESTIMATORS', 'WEIGHTS', 'classifier_times', 'paired_noises', 'residual_losses',
+           'paired_errors', 'denoising_errors', 'classifier_scores', 'GaussianMixtureClasses', 'likelihood_weights',
+           'accuracy_by_time', 'accuracy_by_samples', 'hashed', 'hashed_uniform', 'van_der_corput', 'scrambled',
+           'uniform_times', 'even_times', 'stratified_times', 'noise_of', 'SamplePlan', 'sample_plan', 'TimeWeight',
            'time_weight', 'weighted', 'bernstein', 'FittedWeight', 'fitted_weight', 'fit_time_weight', 'corrected']
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #1a4ba23c
@@ -42,11 +42,24 @@ def paired_noises(
     "The noises that every picture and every caption share"
     return torch.randn(num_times, *shape, generator=torch.Generator().manual_seed(seed))
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #eb40638c
+LOSSES = ("l2", "l1", "huber")
+
+def residual_losses(
+    predicted: torch.Tensor,  # [P, ...], velocity
+    target: torch.Tensor,  # [P, ...]
+) -> torch.Tensor:  # [P, 3] float32: squares, absolute values, Huber's function (δ = 1, ½r² inside), each summed over a latent
+    "The three losses of each residual, in the order of `LOSSES`"
+    residual = (predicted.float() - target.float()).flatten(1)
+    size = residual.abs()
+    return torch.stack([residual.square().sum(1), size.sum(1), torch.where(size < 1, size.square() / 2, size - .5).sum(1)], 1)
+
 # %% ../../nbs/understand/diffusion_classifier.ipynb #3c9627f0
-def _at_time(velocity_fn: Callable, latents: torch.Tensor, prepared: Any, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    "Squared error of the velocity, summed over a latent in float32, at one time: [B]"
+def _at_time(velocity_fn: Callable, latents: torch.Tensor, prepared: Any, t: torch.Tensor, noise: torch.Tensor, loss: str = "l2") -> torch.Tensor:
+    "Error of the velocity (squares, or another of `LOSSES`), summed over a latent in float32, at one time: [B]"
     noise, t = noise.to(latents).expand_as(latents), t.to(latents).expand(len(latents))
     velocity = velocity_fn(interpolate(latents, noise, t), t, prepared)
+    if loss != "l2": return residual_losses(velocity, velocity_target(latents, noise))[:, LOSSES.index(loss)]
     return (velocity.float() - velocity_target(latents, noise).float()).square().flatten(1).sum(1)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #7f205c13
@@ -59,13 +72,15 @@ def paired_errors(
     noises: torch.Tensor,  # [T, ...]
     prepare: Callable = lambda conditions: conditions,  # list of B conditions → third argument of `velocity_fn`
     batch_size: int = 64,  # B, pairs that go through the network together
+    loss: str = "l2",  # one of `LOSSES`
 ) -> torch.Tensor:  # [P, T] float32
     "The error of every latent under its own condition, for every (time, noise)"
+    if loss not in LOSSES: raise UserError(f"there is no loss {loss!r}: choose among {', '.join(LOSSES)}.")
     if len(conditions) != len(latents): raise ValueError(f"{len(latents)} latents cannot be paired with {len(conditions)} conditions")
     rows = [torch.empty(0, len(times))]
     for start in range(0, len(latents), batch_size):
         chunk, prepared = latents[start:start + batch_size], prepare(conditions[start:start + batch_size])
-        rows.append(torch.stack([_at_time(velocity_fn, chunk, prepared, t, noise) for t, noise in zip(times, noises, strict=True)], 1).cpu())
+        rows.append(torch.stack([_at_time(velocity_fn, chunk, prepared, t, noise, loss) for t, noise in zip(times, noises, strict=True)], 1).cpu())
     return torch.cat(rows)
 
 # %% ../../nbs/understand/diffusion_classifier.ipynb #46fc1f4b
@@ -147,7 +162,7 @@ def accuracy_by_samples(
     "Accuracy of the first 1, 2, … S samples; a tie is no win"
     return accuracy_by_time(errors.double().cumsum(-1), labels)
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #c99a555e
+# %% ../../nbs/understand/diffusion_classifier.ipynb #0891942c
 def _mix(values: np.ndarray) -> np.ndarray:
     "A bijection of 64-bit integers that leaves no pattern (the finaliser of splitmix64)"
     values = values + np.uint64(0x9E3779B97F4A7C15)
@@ -155,6 +170,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #8fa4e8b7
 def hashed(
     *numbers,  # integers or integer arrays that broadcast
 ) -> np.ndarray:  # uint64
@@ -163,13 +179,14 @@ def hashed(
     for number in numbers: state = _mix(state ^ np.asarray(number, np.int64).astype(np.uint64))
     return state
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #14d005f6
 def hashed_uniform(
     *numbers,  # as above
 ) -> np.ndarray:  # float64 in (0, 1)
     "Uniform random numbers that are a function of some integers"
     return ((hashed(*numbers) >> np.uint64(11)).astype(np.float64) + .5) * 2.0 ** -53
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #34c076c7
+# %% ../../nbs/understand/diffusion_classifier.ipynb #c5d6e682
 BITS = 32
 
 def van_der_corput(
@@ -180,6 +197,7 @@ def van_der_corput(
     for place in range(BITS): value = value + ((index >> np.uint64(place)) & np.uint64(1)).astype(np.float64) * 2.0 ** -(place + 1)
     return value
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #1ce8c233
 def scrambled(
     index: np.ndarray,  # integers from 0, below 2³²
     seed: int,
@@ -192,22 +210,25 @@ def scrambled(
         flips |= coin << np.uint64(BITS - 1 - place)
     return ((digits ^ flips).astype(np.float64) + .5) * 2.0 ** -BITS
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #b1f92e16
+# %% ../../nbs/understand/diffusion_classifier.ipynb #33de9e82
 def uniform_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
     "Independent uniform times"
     return hashed_uniform(seed, 1, np.arange(number))
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #7458d48c
 def even_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
     "Midpoints of `number` equal strata, from the middle outwards in van der Corput's order; no seed changes them"
     return (np.argsort(np.argsort(van_der_corput(np.arange(1, number + 1)), kind="stable"), kind="stable") + .5) / number
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #4078db9f
 def stratified_times(number: int, seed: int) -> np.ndarray:  # [number] in (0, 1)
     "One random time in each stratum, nested: see `scrambled`"
     return scrambled(np.arange(number), seed)
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #f43fa409
 TIME_PLANS = {"uniform": uniform_times, "even": even_times, "stratified": stratified_times}
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #2086464b
+# %% ../../nbs/understand/diffusion_classifier.ipynb #9187d4da
 ESTIMATORS = {"uniform": ("uniform", False), "even": ("even", False), "stratified": ("stratified", False), "antithetic": ("stratified", True),
               "uniform-antithetic": ("uniform", True), "even-antithetic": ("even", True)}
 
@@ -219,6 +240,7 @@ def noise_of(
     "One noise, a function of (seed, index) and of the shape"
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + index))
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #9106c84d
 @dataclass(frozen=True)
 class SamplePlan:
     "An ordered list of paired samples (t_j, ε_j) that all candidates share; the first n of it are a plan too"
@@ -234,10 +256,10 @@ class SamplePlan:
         "The noises of the plan"
         return torch.stack([sign * noise_of(self.seed, index, shape) for index, sign in zip(self.index.tolist(), self.sign.tolist())])
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #0103393d
+# %% ../../nbs/understand/diffusion_classifier.ipynb #7442d321
 def sample_plan(
     num_samples: int,  # S
-    estimator: str = "antithetic",  # one of `ESTIMATORS`
+    estimator: str = "stratified",  # one of `ESTIMATORS`
     low: float = 0.2,  # times lie between `low`
     high: float = 0.8,  # and `high`
     seed: int = 0,  # of times and noises
@@ -251,19 +273,7 @@ def sample_plan(
     sign = 1 - 2 * (np.arange(num_samples) % 2) if paired else np.ones(num_samples, np.int64)
     return SamplePlan(torch.from_numpy(times), torch.from_numpy(index), torch.from_numpy(sign), seed)
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #eb40638c
-LOSSES = ("l2", "l1", "huber")
-
-def residual_losses(
-    predicted: torch.Tensor,  # [P, ...], velocity
-    target: torch.Tensor,  # [P, ...]
-) -> torch.Tensor:  # [P, 3] float32: squares, absolute values, Huber's function (δ = 1, ½r² inside), each summed over a latent
-    "The three losses of each residual, in the order of `LOSSES`"
-    residual = (predicted.float() - target.float()).flatten(1)
-    size = residual.abs()
-    return torch.stack([residual.square().sum(1), size.sum(1), torch.where(size < 1, size.square() / 2, size - .5).sum(1)], 1)
-
-# %% ../../nbs/understand/diffusion_classifier.ipynb #68580c06
+# %% ../../nbs/understand/diffusion_classifier.ipynb #957531fb
 @dataclass(frozen=True)
 class TimeWeight:
     "A weight w(t) and the prediction whose error it is stated for"
@@ -279,6 +289,7 @@ class TimeWeight:
         scale = convert_error(torch.ones_like(t), t, "velocity", self.prediction)
         return self.function(t) * (scale.sqrt() if loss == "l1" else scale)
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #adb0f31a
 WEIGHTS = {weight.name: weight for weight in (TimeWeight("uniform", "velocity", torch.ones_like), TimeWeight("simple", "epsilon", torch.ones_like),
                                               TimeWeight("vdm", "data", lambda t: t / (1 - t) ** 3), TimeWeight("exponential", "data", lambda t: torch.exp(-7 * (1 - t))))}
 
@@ -301,7 +312,7 @@ def weighted(
     if loss not in LOSSES: raise UserError(f"there is no loss {loss!r}: choose among {', '.join(LOSSES)}.")
     return losses[..., LOSSES.index(loss)].double() * time_weight(weight)(times, loss).to(losses.device)
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #17bce090
+# %% ../../nbs/understand/diffusion_classifier.ipynb #2077b3d0
 def bernstein(
     times: torch.Tensor,  # [...]
     degree: int = 3,
@@ -312,6 +323,7 @@ def bernstein(
     x = (torch.as_tensor(times, dtype=torch.float64) - low) / (high - low)
     return torch.stack([math.comb(degree, place) * x ** place * (1 - x) ** (degree - place) for place in range(degree + 1)], -1)
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #4182a3b4
 @dataclass(frozen=True)
 class FittedWeight(TimeWeight):
     "A polynomial in t fitted on cached errors; minus the weighted mean error is then a logit"
@@ -319,13 +331,14 @@ class FittedWeight(TimeWeight):
     interval: tuple = (0.0, 1.0)
     cross_entropy: float = math.nan  # on the items of the fit, without the ridge
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #53db39b4
 def fitted_weight(coefficients, interval, cross_entropy=math.nan) -> FittedWeight:
     "The weight with these coefficients"
     values = torch.tensor(coefficients, dtype=torch.float64)
     curve = lambda t: bernstein(t, len(values) - 1, *interval) @ values
     return FittedWeight("fitted", "velocity", curve, tuple(coefficients), tuple(interval), cross_entropy)
 
-# %% ../../nbs/understand/diffusion_classifier.ipynb #40f80f54
+# %% ../../nbs/understand/diffusion_classifier.ipynb #6107938f
 def _features(errors, times, degree, low, high):
     "Minus the mean of error times basis function, [I, C, degree + 1], and the size by which it is divided; what all candidates share is taken away"
     centred = errors.double() - errors.double().mean(1, keepdim=True)
@@ -334,6 +347,7 @@ def _features(errors, times, degree, low, high):
     size = float(features.std().clamp(min=1e-300))
     return features / size, size
 
+# %% ../../nbs/understand/diffusion_classifier.ipynb #d849e9eb
 def fit_time_weight(
     errors: torch.Tensor,  # [I, C, S], one loss of the velocity, not weighted
     labels: torch.Tensor,  # [I], the right candidates

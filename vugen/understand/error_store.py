@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,6 +48,7 @@ class ClassifierItem:
 
     def digest(self) -> str: return self.picture or picture_digest(self.pixels())
 
+# %% ../../nbs/understand/error_store.ipynb #7d833353
 def picture_digest(
     image: torch.Tensor,  # any shape
 ) -> str:  # 16 hex digits
@@ -55,6 +56,7 @@ def picture_digest(
     image = image.detach().cpu().float().contiguous()
     return hashlib.sha256(str(tuple(image.shape)).encode() + image.numpy().tobytes()).hexdigest()[:16]
 
+# %% ../../nbs/understand/error_store.ipynb #bf0e1b6d
 def suite_items(
     suite,  # a `vugen.understand.benchmarks.Suite`
     sides: Sequence[int] = (0,),  # which of the two pictures of each item
@@ -64,7 +66,7 @@ def suite_items(
     opened = lambda number, side: (lambda: suite.pictures([number])[0, side])
     return [ClassifierItem(f"{suite.name}/{suite.items[number].key}/image_{side}", tuple(suite.items[number].captions), side, opened(number, side)) for number, side in wanted]
 
-# %% ../../nbs/understand/error_store.ipynb #27094507
+# %% ../../nbs/understand/error_store.ipynb #a65ab713
 WORDS = ("model", "item", "picture", "caption")  # columns of text, numbered in memory
 ROW = np.dtype([*((name, "<i4") for name in WORDS), ("t", "<f8"), ("seed", "<i8"), ("noise", "<i8"), ("sign", "<i1"), *((name, "<f4") for name in LOSSES)])
 
@@ -74,14 +76,17 @@ def _sample_rows(plan: SamplePlan) -> np.ndarray:
     rows["t"], rows["seed"], rows["noise"], rows["sign"] = plan.times.double().numpy(), plan.seed, plan.index.numpy(), plan.sign.numpy()
     return rows
 
+# %% ../../nbs/understand/error_store.ipynb #880a84d5
 def _sample_hash(rows: np.ndarray) -> np.ndarray:
     "64 bits a sample"
     return hashed(np.ascontiguousarray(rows["t"]).view(np.int64), rows["seed"], rows["noise"], rows["sign"])
 
+# %% ../../nbs/understand/error_store.ipynb #2d283873
 def _same_sample(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     "Whether rows are about the same sample"
     return (left["t"] == right["t"]) & (left["seed"] == right["seed"]) & (left["noise"] == right["noise"]) & (left["sign"] == right["sign"])
 
+# %% ../../nbs/understand/error_store.ipynb #14daf69a
 def _places(rows: np.ndarray, plan: SamplePlan) -> np.ndarray:
     "For each row the number of its sample in the plan, -1 where the plan does not hold it"
     wanted = _sample_rows(plan)
@@ -183,7 +188,7 @@ class ErrorStore:
     def __exit__(self, *_): self.flush()
     def __repr__(self): return f"ErrorStore({str(self.folder)!r}: {len(self)} errors, {len(self.items)} items, {len(self.models)} networks)"
 
-# %% ../../nbs/understand/error_store.ipynb #e6b8df1b
+# %% ../../nbs/understand/error_store.ipynb #f6c13d8d
 def _rows_of(table, code: Callable) -> np.ndarray:
     "The rows of a table, texts numbered by `code`"
     rows = np.zeros(table.num_rows, ROW)
@@ -194,6 +199,7 @@ def _rows_of(table, code: Callable) -> np.ndarray:
         if len(numbers): rows[name] = numbers[column.indices.to_numpy()]
     return rows
 
+# %% ../../nbs/understand/error_store.ipynb #b700aadc
 def _table_of(rows: np.ndarray, words: list):
     "The table of some rows"
     import pyarrow as pa
@@ -204,6 +210,7 @@ def _table_of(rows: np.ndarray, words: list):
         columns.append(pa.DictionaryArray.from_arrays(pa.array(numbers.astype(np.int32)), pa.array([words[number] for number in used], pa.string())))
     return pa.Table.from_arrays(columns, schema=_schema())
 
+# %% ../../nbs/understand/error_store.ipynb #9f9bb16c
 def _read_model(path: Path) -> dict:
     "What was written about a network"
     try: found = json.loads(path.read_text(encoding="utf-8"))
@@ -211,7 +218,7 @@ def _read_model(path: Path) -> dict:
     if not isinstance(found, dict): raise UserError(f"{path} cannot be read as a description of a network: remove it, it is written again when the network is used.")
     return found
 
-# %% ../../nbs/understand/error_store.ipynb #543d5fc1
+# %% ../../nbs/understand/error_store.ipynb #46b40cc8
 def remember_model(store: ErrorStore, denoiser: Denoiser) -> str:  # its fingerprint
     "Write down a network's name and price beside its errors"
     mark = denoiser.fingerprint
@@ -220,6 +227,7 @@ def remember_model(store: ErrorStore, denoiser: Denoiser) -> str:  # its fingerp
         with atomic_path(store.folder / f"model-{mark}.json") as temporary: temporary.write_text(json.dumps(store.models[mark]) + "\n", encoding="utf-8")
     return mark
 
+# %% ../../nbs/understand/error_store.ipynb #7584d833
 def remember_item(store: ErrorStore, item: ClassifierItem, picture: str) -> None:
     "Write down an item's candidates and right answer, so that a replay needs nothing else"
     known = replace(item, image=None, picture=picture)
@@ -227,7 +235,7 @@ def remember_item(store: ErrorStore, item: ClassifierItem, picture: str) -> None
         store.items[item.key] = known
         store._pending_items.append(known)
 
-# %% ../../nbs/understand/error_store.ipynb #ffc4e316
+# %% ../../nbs/understand/error_store.ipynb #277432ae
 def append_errors(
     store: ErrorStore,
     model: str,  # fingerprint
@@ -245,6 +253,7 @@ def append_errors(
     store._pending.append(rows)
     store._groups.setdefault((store.code(model), store.code(picture)), []).append(rows)
 
+# %% ../../nbs/understand/error_store.ipynb #8495495d
 def write_pending(store: ErrorStore) -> None:
     "Write what is pending, each part whole or not at all"
     import pyarrow as pa
@@ -260,7 +269,7 @@ def write_pending(store: ErrorStore) -> None:
         store._read.add(path)
     store._pending, store._pending_items, store._last = [], [], time.monotonic()
 
-# %% ../../nbs/understand/error_store.ipynb #c401eae5
+# %% ../../nbs/understand/error_store.ipynb #4c1e1fb2
 def error_table(
     store: ErrorStore,
     model: str,  # fingerprint
@@ -282,6 +291,7 @@ def error_table(
         table = held[[unique.index(caption) for caption in captions]] if len(unique) < len(captions) else held
     return torch.from_numpy(table)
 
+# %% ../../nbs/understand/error_store.ipynb #dbfa208d
 def stored_plan(
     store: ErrorStore,
     model: str,  # fingerprint
@@ -330,7 +340,7 @@ class NoiseBank:
             self._bank = drawn if self._bank is None else torch.cat([self._bank, drawn])
         return self._bank[torch.tensor([self._place[key] for key in keys], device=self.device)]
 
-# %% ../../nbs/understand/error_store.ipynb #f8ca4c2e
+# %% ../../nbs/understand/error_store.ipynb #76af767d
 @dataclass
 class Triples:
     "What is to be evaluated: P rows of (latent, condition, sample)"
@@ -345,6 +355,7 @@ class Triples:
         "Some of the rows"
         return Triples(self.latent[start:stop], self.condition[start:stop], self.times[start:stop], self.noises[start:stop], self.sign[start:stop])
 
+# %% ../../nbs/understand/error_store.ipynb #b5fc10fa
 class Evaluator:
     "Calls a denoiser in batches and counts the cost; captions and noises are kept"
     def __init__(self,
@@ -391,7 +402,7 @@ class Evaluator:
         velocity = self.denoiser.velocity(interpolate(clean, noise, t), t, conditions.select(rows.condition))
         return residual_losses(velocity, velocity_target(clean, noise))
 
-# %% ../../nbs/understand/error_store.ipynb #029cb734
+# %% ../../nbs/understand/error_store.ipynb #ee9ad18e
 def snapped(
     plan: SamplePlan,
     denoiser: Denoiser,
@@ -399,12 +410,14 @@ def snapped(
     "The plan at times that the network knows"
     return replace(plan, times=denoiser.snap(plan.times).double())
 
+# %% ../../nbs/understand/error_store.ipynb #b3fe1c13
 class _Errors:
     "What both sources share: a table of losses, one row a candidate, and one for the empty caption where errors are corrected"
     def __init__(self, store, model, item, picture, plan, loss, weight, correct):
         self.store, self.model, self.item, self.picture, self.plan, self.loss, self.weight = store, model, item, picture, plan, loss, time_weight(weight)
         self.captions = [*item.captions, *([""] if correct else [])]
         self.candidates, self.samples, self.correct = len(item.captions), len(plan), correct
+        self._line = torch.tensor([self.captions.index(caption) for caption in self.captions])  # a repeated candidate is one
         self.table = error_table(store, model, picture, self.captions, plan)
         self._asked = torch.zeros(self.table.shape[:2], dtype=torch.bool)
 
@@ -420,7 +433,7 @@ class _Errors:
     ) -> torch.Tensor:  # [K, J] float64, lower is better
         "Errors with loss and weight applied, less the unconditional ones where they are corrected"
         candidates, samples = torch.as_tensor(candidates, dtype=torch.long), torch.as_tensor(samples, dtype=torch.long)
-        lines = torch.cat([candidates, torch.tensor([self.candidates] if self.correct else [], dtype=torch.long)])
+        lines = self._line[torch.cat([candidates, torch.tensor([self.candidates] if self.correct else [], dtype=torch.long)])]
         self._asked[lines[:, None], samples] = True
         self._need(lines, samples)
         found = weighted(self.table[lines][:, samples], self.plan.times[samples], self.loss, self.weight)
@@ -431,7 +444,7 @@ class _Errors:
         gaps = self.table[lines[:, None], samples, 0].isnan().nonzero()
         return torch.stack([lines[gaps[:, 0]], samples[gaps[:, 1]]], 1).unique(dim=0)
 
-# %% ../../nbs/understand/error_store.ipynb #1d28a414
+# %% ../../nbs/understand/error_store.ipynb #b233bf75
 class StoredErrors(_Errors):
     "Errors of one item from a store alone: an `ErrorSource` that never calls a network"
     def __init__(self,
@@ -455,6 +468,7 @@ class StoredErrors(_Errors):
         raise UserError(f"the error store {self.store.folder} lacks {len(missing)} of {len(lines) * len(samples)} errors of item {self.item.key!r} (first: caption {self.captions[line]!r}, "
                         f"t = {float(self.plan.times[sample]):.4f}, noise {int(self.plan.index[sample])} of seed {self.plan.seed}): fill it with `fill` or read it with `LiveErrors`.")
 
+# %% ../../nbs/understand/error_store.ipynb #61a85efd
 def only_model(
     store: ErrorStore,
     model: str | None = None,  # fingerprint
@@ -496,7 +510,7 @@ class LiveErrors(_Errors):
         self.cost, self.evaluator.cost = self.cost + self.evaluator.cost, before + self.evaluator.cost
         self.store.flush_if_due()
 
-# %% ../../nbs/understand/error_store.ipynb #52c6f087
+# %% ../../nbs/understand/error_store.ipynb #737f7e02
 def show_progress(
     done: int, total: int, seconds: float,  # calls done and in all, seconds so far
 ) -> None:
@@ -504,6 +518,7 @@ def show_progress(
     rate = done / max(seconds, 1e-9)
     print(f"\r{done}/{total} errors, {rate:.0f}/s, {(total - done) / max(rate, 1e-9):.0f} s left ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
+# %% ../../nbs/understand/error_store.ipynb #0a2c8773
 def _gaps(store, evaluator, item, plan, correct):
     "What the store lacks of an item: (picture digest, captions, plan at known times, [M, 2] line and sample, sample after sample)"
     model, picture, captions = remember_model(store, evaluator.denoiser), item.digest(), [*item.captions, *([""] if correct else [])]
@@ -512,7 +527,19 @@ def _gaps(store, evaluator, item, plan, correct):
     unknown = error_table(store, model, picture, captions, plan)[..., 0].isnan()
     return picture, captions, plan, unknown.T.nonzero().flip(1)
 
-# %% ../../nbs/understand/error_store.ipynb #eb738c01
+# %% ../../nbs/understand/error_store.ipynb #4fcd1cb2
+def _unclaimed(gaps: list) -> list:
+    "The gaps of a block, each error in the first place only where pictures or candidates repeat"
+    pictures, claimed, kept = Counter(picture for picture, *_ in gaps), {}, []
+    for picture, captions, plan, missing in gaps:
+        if pictures[picture] > 1 or len(set(captions)) < len(captions):
+            mine, marks = claimed.setdefault(picture, set()), _sample_rows(plan)[["t", "seed", "noise", "sign"]].tolist()
+            keys = [(captions[line], *marks[sample]) for line, sample in missing.tolist()]
+            missing = missing[[not (key in mine or mine.add(key)) for key in keys]]
+        kept.append((picture, captions, plan, missing))
+    return kept
+
+# %% ../../nbs/understand/error_store.ipynb #f51f1900
 def _block_triples(gaps, place):
     "The triples of a block of items and, of each row, its item"
     rows = [plan[missing[:, 1]] for _, _, plan, missing in gaps]
@@ -521,6 +548,7 @@ def _block_triples(gaps, place):
     noises = [(each.seed, index) for each in rows for index in each.index.tolist()]
     return Triples(owner, told, torch.cat([each.times for each in rows]), noises, torch.cat([each.sign for each in rows])), rows
 
+# %% ../../nbs/understand/error_store.ipynb #5c7f4493
 def _keep_block(store, model, block, gaps, triples, start, losses):
     "Append the losses of the rows from `start` on, item by item"
     stop, first = start + len(losses), 0
@@ -550,7 +578,7 @@ def fill(
     for first in range(0, len(items), block):
         chosen = items[first:first + block]
         gaps = [_gaps(store, evaluator, item, plan_of(first + number), correct) for number, item in enumerate(chosen)]
-        size = sum(len(captions) * len(each) for _, captions, each, _ in gaps)
+        size, gaps = sum(len(captions) * len(each) for _, captions, each, _ in gaps), _unclaimed(gaps)
         triples, _ = _block_triples(gaps, place := {caption: row for row, caption in enumerate(dict.fromkeys(caption for _, captions, _, _ in gaps for caption in captions))})
         done += size - len(triples)
         if len(triples):
@@ -564,7 +592,7 @@ def fill(
     store.flush()
     return replace(evaluator.cost, **{name: getattr(evaluator.cost, name) - getattr(spent, name) for name in evaluator.cost.asdict()})
 
-# %% ../../nbs/understand/error_store.ipynb #732edd9d
+# %% ../../nbs/understand/error_store.ipynb #7828b677
 def replay(
     store: ErrorStore,
     run: Callable,  # (a `StoredErrors`) → anything
@@ -579,6 +607,7 @@ def replay(
     plan_of = plan if callable(plan) else lambda item: plan or stored_plan(store, model, item)
     return {item.key: run(StoredErrors(store, item, plan_of(item), model, **options)) for item in chosen}
 
+# %% ../../nbs/understand/error_store.ipynb #ccd28b71
 def stacked(
     store: ErrorStore,
     plan: SamplePlan | Callable | None = None,  # as above

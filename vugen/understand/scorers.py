@@ -19,7 +19,7 @@ from ..data.scenes import World, captions, facts, holds, parse, sample_scenes
 from ..data.sprites import COLORS, EMOJI, SHAPES
 from ..errors import UserError
 from ..paths import checkpoints_dir
-from .diffusion_classifier import classifier_scores, classifier_times, paired_errors, paired_noises
+from .diffusion_classifier import TimeWeight, classifier_scores, classifier_times, paired_errors, paired_noises, sample_plan, time_weight
 
 # %% auto #0
 __all__ = ['SCORERS', 'reading', 'PairScorer', 'score_items', 'ContrastiveScorer', 'LiTScorer', 'CaptionLikelihoodScorer',
@@ -173,22 +173,27 @@ class DenoisingScorer(PairScorer):
         subtract_unconditional: bool = True,  # the error under the empty prompt is taken away
         seed: int = 0,  # of the noises
         batch_size: int = 128,  # pairs at a time
+        estimator: str | None = None,  # one of `ESTIMATORS`; none is evenly spaced times in ascending order, with noises of their own
+        weight: str | TimeWeight = "uniform",  # over times, see `time_weight`
+        loss: str = "l2",  # one of `LOSSES`
     ):
         self.generator, self.encode, self.name, self.batch_size, self.seed = generator, encode, name, batch_size, seed
-        self.times, self.subtract_unconditional = classifier_times(num_times, low, high), subtract_unconditional
+        self.plan = sample_plan(num_times, estimator, low, high, seed) if estimator else None
+        self.times, self.subtract_unconditional = self.plan.times.float() if estimator else classifier_times(num_times, low, high), subtract_unconditional
+        self.loss, self.weights = loss, None if weight == "uniform" else time_weight(weight)(self.times, loss)
 
     @torch.no_grad()
     def _latents(self, images): return torch.cat([self.encode(part) for part in images.split(256)])
 
     def _errors(self, latents, captions):
         "Errors [P, T] of latents under their own captions"
-        noises = paired_noises(len(self.times), latents.shape[1:], self.seed)
-        return paired_errors(self.generator.velocity, latents, captions, self.times, noises, lambda prompts: select_prompts(self.generator, prompts), self.batch_size)
+        noises = self.plan.noises(latents.shape[1:]) if self.plan else paired_noises(len(self.times), latents.shape[1:], self.seed)
+        return paired_errors(self.generator.velocity, latents, captions, self.times, noises, lambda prompts: select_prompts(self.generator, prompts), self.batch_size, self.loss)
 
     def _of_latents(self, latents, captions, repeats):
         "Scores [P * repeats]: each latent with `repeats` captions in turn"
-        with reading(self.name, captions): scores = classifier_scores(self._errors(latents.repeat_interleave(repeats, 0), captions))
-        if self.subtract_unconditional: scores = scores - classifier_scores(self._errors(latents, [""] * len(latents))).repeat_interleave(repeats)
+        with reading(self.name, captions): scores = classifier_scores(self._errors(latents.repeat_interleave(repeats, 0), captions), self.weights)
+        if self.subtract_unconditional: scores = scores - classifier_scores(self._errors(latents, [""] * len(latents)), self.weights).repeat_interleave(repeats)
         return scores
 
     def score_pairs(self, images, captions): return self._of_latents(self._latents(images), list(captions), 1)
