@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from vugen.data.scenes import World, batch
 from vugen.decode.latent_diffusion import (
     LATENT_SIZES, JointAttention, JointBlock, LatentDiffusionDecoder, MMDiT, build_latent_decoder, denoiser_velocity, edm_euler, edm_loss, edm_loss_weight,
-    edm_preconditioning, gaussian_denoiser, guided_denoiser, karras_sigmas, latent_gflops, patchify, positions, sample_sigma, sigma_of_time, time_of_sigma, unpatchify,
-)
+    edm_preconditioning, gaussian_denoiser, guided_denoiser, karras_sigmas, latent_gflops, patchify, positions, sample_sigma, sigma_of_time, time_of_sigma, unpatchify, start_from)
+from vugen.decode.pixel_diffusion import scale_shift
 from vugen.decode.vae import ConvVAE, LatentAutoencoder, Posterior
 from vugen.errors import UserError
 from vugen.models.flow import convert, euler, gaussian_velocity
@@ -318,3 +318,71 @@ def test_four_pictures_are_learned():
         curve.append(loss.item())
     assert sum(curve[-10:]) < sum(curve[:10]) / 2
     assert error() < before / 1.5
+
+
+# ---- starting from a pretrained model -----------------------------------------------------------------------------------------
+
+def small_dit(**changes):
+    "diffusers' DiT, untrained, with every weight awake; exact GELU and our epsilon, so that only the mapping is compared."
+    from diffusers import DiTTransformer2DModel
+    torch.manual_seed(5)
+    sizes = dict(num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=10, activation_fn="gelu", norm_eps=1e-6)
+    made = wake(DiTTransformer2DModel(**{**sizes, **changes})).eval()
+    for block in made.transformer_blocks: block.norm1.emb.load_state_dict(made.transformer_blocks[0].norm1.emb.state_dict())  # as in the published checkpoints
+    return made
+
+
+def test_a_dit_is_the_same_network_after_the_start(tmp_path):
+    theirs = small_dit()
+    theirs.save_pretrained(tmp_path / "pipeline/transformer")
+    decoder = wake(LatentDiffusionDecoder(hidden_size=32, num_layers=3, num_heads=4, patch_size=2))
+    fresh = start_from(decoder, tmp_path / "pipeline")
+    assert set(fresh) == {"network.embed_condition.weight", "network.embed_condition.bias"}
+    network, x, t = decoder.network, torch.randn(2, 4, 8, 8), torch.tensor([700.0, 120.0])
+    silent = torch.full((2,), 10)  # the class of no class
+    with torch.no_grad():
+        wanted = theirs(x, timestep=t, class_labels=silent).sample[:, :4]
+        embedder = theirs.transformer_blocks[0].norm1.emb
+        level = torch.nn.functional.silu(network.embed_level(embedder.time_proj(t)))
+        tokens = theirs.pos_embed(x)  # their places, their order of the two halves
+        assert torch.allclose(network.embed_image(patchify(x, 2)).roll(16, -1) + theirs.pos_embed.pos_embed, tokens, atol=1e-5)
+        tokens = tokens.roll(16, -1)
+        for block in network.blocks: tokens = block(tokens, level, 0)
+        made = unpatchify(network.out(scale_shift(network.norm(tokens), network.modulation(level)[:, None], -1)), 2)
+    assert torch.allclose(made, wanted, atol=1e-4) and wanted.std() > 0.1
+    assert torch.equal(network.blocks[1].attention.condition_qkv.weight, network.blocks[1].attention.image_qkv.weight)
+
+
+def test_places_of_a_dit_are_ours_with_the_halves_exchanged():
+    theirs = small_dit().pos_embed.pos_embed[0]
+    ours = positions(4, 4, 32)  # centres of cells, where theirs are corners: the same but for half a cell
+    shifted = torch.arange(4, dtype=torch.float32)[:, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float32) / 8)
+    line = torch.cat([shifted.sin(), shifted.cos()], 1)
+    assert torch.allclose(theirs.roll(16, -1), torch.cat([line.repeat_interleave(4, 0), line.repeat(4, 1)], 1), atol=1e-5) and ours.shape == theirs.shape
+
+
+def test_our_own_checkpoint_is_a_start_for_another_condition(tmp_path):
+    old = wake(LatentDiffusionDecoder(hidden_size=32, num_layers=2))
+    old.save_pretrained(tmp_path / "stage/latent_decoder")
+    same, other = LatentDiffusionDecoder(hidden_size=32, num_layers=2), LatentDiffusionDecoder(hidden_size=32, num_layers=2, latent_dim=16)
+    assert start_from(same, tmp_path / "stage") == [] and all(torch.equal(value, old.state_dict()[name]) for name, value in same.state_dict().items())
+    assert start_from(other, tmp_path / "stage/latent_decoder") == ["network.embed_condition.weight"]
+    assert torch.equal(other.network.blocks[1].mlp.up.weight, old.network.blocks[1].mlp.up.weight) and torch.equal(other.network.embed_condition.bias, old.network.embed_condition.bias)
+
+
+def test_a_start_that_does_not_fit_is_refused_in_a_sentence(tmp_path):
+    small_dit().save_pretrained(tmp_path / "dit")
+    LatentDiffusionDecoder(hidden_size=32, num_layers=2).save_pretrained(tmp_path / "own")
+    (tmp_path / "sd3").mkdir(); (tmp_path / "sd3/config.json").write_text('{"_class_name": "SD3Transformer2DModel", "patch_size": 2, "in_channels": 16}')
+    (tmp_path / "broken").mkdir(); (tmp_path / "broken/config.json").write_text("{")
+    own_times = small_dit()
+    torch.nn.init.ones_(own_times.transformer_blocks[1].norm1.emb.timestep_embedder.linear_1.bias)
+    own_times.save_pretrained(tmp_path / "times")
+    small_dit().save_pretrained(tmp_path / "torn"); (tmp_path / "torn/diffusion_pytorch_model.safetensors").write_bytes(b"123")
+    sizes = dict(hidden_size=32, num_layers=3, num_heads=4, patch_size=2)
+    for folder, changes, said in (("dit", dict(num_layers=2), "does not fit"), ("dit", dict(num_layers=4), "does not fit"), ("dit", dict(hidden_size=64), "does not fit"), ("dit", dict(patch_size=1), "patches of 2"),
+                                  ("dit", dict(vae_channels=8), "4 channels"), ("own", dict(num_layers=1), "does not fit"), ("sd3", {}, "SD3Transformer2DModel"), ("times", {}, "own way"), ("none", {}, "config.json"), ("broken", {}, "JSON"), ("torn", {}, "truncated")):
+        decoder = LatentDiffusionDecoder(**{**sizes, **changes})
+        before = {name: value.clone() for name, value in decoder.state_dict().items()}
+        with pytest.raises(UserError, match=said) as caught: start_from(decoder, tmp_path / folder)
+        assert "\n" not in str(caught.value) and all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())

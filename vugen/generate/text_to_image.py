@@ -17,6 +17,7 @@ from ..errors import UserError
 from .adapters import UnderstandingModel, load_adapter
 from .latent_spaces import make_space
 from .mixture_of_transformers import MixtureOfTransformers, PromptCache
+from ..decode.autoencoder import decoder_folder, load_decoder
 from ..decode.vae import load_vae
 from ..models.flow import dimension_shift, euler, interpolate, velocity_target, with_guidance
 from ..models.saving import CONFIG_FILE, PretrainedMixin, as_dtype, building, fingerprint, load_weights, read_config, weights_dtype
@@ -207,6 +208,7 @@ def vlm_folder(
 ) -> Path | str:
     "A folder relative to the generator's own, or a hub id such as `facebook/Perception-LM-1B` if there is none; a `UserError` that tells how to train the part where a folder holds no model"
     beside = (folder / name).resolve()
+    if beside.name == "pixel_decoder" and not beside.is_dir(): beside = decoder_folder(beside.parent) # a pair whose decoder works in a VAE's latents
     if name.count("/") == 1 and not name.startswith(".") and not beside.is_dir(): return name
     if not (beside / CONFIG_FILE).is_file(): raise UserError(f"{beside} holds no trained model, and the generator beside it needs one: train it with `vugen train {stage} --root {folder.resolve().parent}`.")
     return beside
@@ -223,8 +225,8 @@ def load_pixel_decoder(
     folder: str | Path, # of a saved decoder, of any class
 ) -> nn.Module: # a `Decoder`
     "What paints latents"
-    from vugen.decode.autoencoder import load_decoder
-    return load_decoder(folder)
+    folder = Path(folder)
+    return load_decoder(folder if folder.is_dir() or folder.name != "pixel_decoder" else decoder_folder(folder.parent))
 
 # %% ../../nbs/generate/text_to_image.ipynb #1f5dca75
 @torch.no_grad()
@@ -273,7 +275,6 @@ def paint_with(
     folder: str | Path, # of a trained decoder stage, such as ROOT/decoder-ldm
 ) -> TextToImage: # the same
     "Let another decoder paint what the generator samples; a `UserError` where it was trained on other latents"
-    from vugen.decode.autoencoder import decoder_folder
     folder = Path(folder)
     if model.config["space"] != "understanding": raise UserError("this generator samples the latents of a VAE, which paints them itself: name no decoder.")
     if not (decoder_folder(folder) / CONFIG_FILE).is_file(): raise UserError(f"{folder} holds no decoder: train it with `vugen train {folder.name} --root {folder.parent}`, or name another.")

@@ -71,10 +71,11 @@ def read_config(
 def read_weights(
     folder: str | Path,  # A checkpoint folder
     device: str = "cpu",  # Where the tensors are put
+    name: str = WEIGHTS_FILE,  # Other libraries call theirs otherwise
 ) -> dict[str, torch.Tensor]:
-    "The tensors of `model.safetensors`; a truncated file is refused with a sentence."
+    "The tensors of `model.safetensors`, or of the named file; a truncated file is refused with a sentence."
     from safetensors.torch import load_file
-    path = Path(folder) / WEIGHTS_FILE
+    path = Path(folder) / name
     if not path.is_file(): raise UserError(f"{path} is missing: copy or train the checkpoint again.")
     try: return load_file(path, device=str(device))
     except Exception as error: raise UserError(f"{path} is truncated or not a safetensors file: copy or train the checkpoint again.") from error

@@ -14,14 +14,14 @@ from torch import nn
 
 from ..data.scenes import World
 from ..decode.autoencoder import PixelAutoencoder, check_link, encoder_link, psnr
-from ..decode.latent_diffusion import LatentDiffusionDecoder
+from ..decode.latent_diffusion import LatentDiffusionDecoder, start_from
 from ..decode.vae import ConvVAE, LatentAutoencoder, load_vae, vae_loss
 from ..decode.perceptual import build_perceptual
-from ..encode.reducers import load_reducer
+from ..encode.reducers import MLPReducer, load_reducer
 from ..errors import UserError
 from ..generate.adapters import linked_encoder
 from ..evaluate.intervals import bootstrap_mean
-from .decoder import HELD_OUT, DecoderStage, add_latent_noise, parser_rows, pictures_of
+from .decoder import HELD_OUT, DecoderStage, add_latent_noise, batch_whiten, parser_rows, pictures_of
 from .loop import stages_main
 from .presets import Preset
 
@@ -45,17 +45,23 @@ class VAETraining(nn.Module):
 
 # %% ../../nbs/train/latent_decoder.ipynb #1120ed01
 class LatentDecoderTraining(nn.Module):
-    "Frozen encoder, reducer and VAE, and the decoder that learns; calling it gives (loss, metrics)."
-    def __init__(self, encoder, reducer, decoder: LatentDiffusionDecoder, options: dict | None = None):
+    "Frozen encoder and VAE, a reducer that is frozen too or learns (`joint`), and the decoder that learns; calling it gives (loss, metrics)."
+    def __init__(self, encoder, reducer, decoder: LatentDiffusionDecoder, options: dict | None = None, joint: bool = False):
         super().__init__()
-        self.encoder, self.reducer = encoder.requires_grad_(False).eval(), reducer.requires_grad_(False).eval()
-        self.decoder, self.options = decoder, dict(options or {})
+        self.encoder, self.reducer = encoder.requires_grad_(False).eval(), reducer if joint else reducer.requires_grad_(False).eval()
+        self.decoder, self.options, self.joint = decoder, dict(options or {}), joint
 
-    @torch.no_grad()
+    def reduced(self, images):
+        "Whitened latents: by the batch while the reducer learns, by its own frozen statistics if it does not."
+        with torch.no_grad(): tokens = self.encoder(images).tokens
+        if self.joint: return batch_whiten(self.reducer.encode_raw(tokens))
+        with torch.no_grad(): return self.reducer.encode(tokens).float()
+
     def inputs(self, images, generator):
         "The VAE's normalised latents, drawn from its posterior, and the reduced tokens of the same pictures."
-        tokens = self.reducer.encode(self.encoder(images).tokens).float()
-        return self.decoder.vae.encode(images, generator).float(), add_latent_noise(tokens, self.options.get("latent_noise", 0.0), generator)
+        tokens = self.reduced(images)
+        with torch.no_grad(): painted = self.decoder.vae.encode(images, generator).float()
+        return painted, add_latent_noise(tokens, self.options.get("latent_noise", 0.0), generator)
 
     def forward(self, images, generator):
         "`images` [B,3,H,W] in [0,1]."
@@ -111,7 +117,8 @@ class VAEStage(DecoderStage):
 
 # %% ../../nbs/train/latent_decoder.ipynb #3ee8ee92
 class LatentDecoderStage(DecoderStage):
-    "Trains the latent diffusion decoder on frozen reduced tokens; the folder holds `latent_decoder/` (with its VAE) and a copy of the reducer."
+    """Trains the latent diffusion decoder; the folder holds `latent_decoder/` (with its VAE) and the reducer.
+    `options.reducer` names the folder in ROOT whose frozen reducer it reads, so that one generator serves both decoders (default), or is "joint": a reducer of its own that learns with it, as in the paper (sections 3.1 and 3.3). `options.start` names a pretrained model, see `start_from`; without one it is trained from nothing, because the paper's is not public."""
     name = "decoder-ldm"
     about = "Latent diffusion decoder (MM-DiT, EDM) on the reduced tokens of a frozen encoder, in the latents of a frozen VAE."
 
@@ -121,9 +128,17 @@ class LatentDecoderStage(DecoderStage):
                  encoder=None,  # a `VisionEncoder` in place of root/contrastive
                  ):
         super().__init__(preset, root, encoder)
+        self.reducer, self.vae = self.find_reducer(), self.find_vae(self.options.get("vae", "vae"))
+
+    @property
+    def joint(self) -> bool: return self.options.get("reducer", "decoder") == "joint"
+
+    def find_reducer(self):
+        "A new one that will learn, or the frozen one of the named folder."
+        if self.joint: return MLPReducer(self.encoder.hidden_size, max(1, round(self.encoder.hidden_size / self.options.get("ratio", 16))))
         pair = self.root / self.options.get("reducer", "decoder")
         check_link(pair, self.encoder)
-        self.reducer, self.vae = load_reducer(pair / "reducer"), self.find_vae(self.options.get("vae", "vae"))
+        return load_reducer(pair / "reducer")
 
     def find_vae(self, name: str) -> LatentAutoencoder:
         "The VAE in ROOT/name, or a published one by folder or hub id."
@@ -134,9 +149,13 @@ class LatentDecoderStage(DecoderStage):
     def build(self) -> LatentDecoderTraining:
         decoder = LatentDiffusionDecoder(latent_dim=self.reducer.dim, image_size=self.world.image_size, grid_size=self.encoder.grid[0],
                                          vae_channels=self.vae.latent_channels, vae_factor=self.vae.factor, **self.part.model)
-        return LatentDecoderTraining(self.encoder, self.reducer, decoder.attach(self.vae), self.options)
+        if start := self.options.get("start"):
+            fresh = start_from(decoder, start)
+            self.about = f"{type(self).about} It began with the weights of {Path(start).name}{', the embedding of its condition anew' if fresh else ''}."
+        return LatentDecoderTraining(self.encoder, self.reducer, decoder.attach(self.vae), self.options, self.joint)
 
     def save(self, module: LatentDecoderTraining, out: Path):
+        if module.joint: self.freeze(module)
         module.reducer.save_pretrained(out / "reducer")
         module.decoder.save_pretrained(out / "latent_decoder")
         (out / "encoder.json").write_text(json.dumps(encoder_link(module.encoder)) + "\n")

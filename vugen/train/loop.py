@@ -469,7 +469,8 @@ def description(training):
     "What must be equal for a resume to be exact, as plain data."
     preset = getattr(training.stage, "preset", None)
     part = preset.stage(training.stage.name) if preset and training.stage.name in preset.stages else None
-    options = {key: bool(value) if key == "latent_cache" else value for key, value in (part.options if part else {}).items()}
+    said = {"latent_cache": bool, "start": lambda folder: folder and Path(folder).name}  # folders of this machine
+    options = {key: said[key](value) if key in said else value for key, value in (part.options if part else {}).items()}
     content = {"recipe": asdict(training.recipe), "world": preset.world if preset else {}, "model": part.model if part else {}, "options": options,
                "stage": training.stage.name, "processes": training.world, "frozen weights": training.frozen, **({"corpus": training.corpus} if training.corpus else {})}
     return json.loads(json.dumps(content, default=str))

@@ -207,6 +207,7 @@ def _replace_in(tree, path, value, whole):
 # %% ../../nbs/train/presets.ipynb #df3fa411
 _LOSSES = dict(perceptual_weight=0.5, perceptual_size=64, alignment_weight=0.25, alignment_head="repa", time="logit-normal")
 OPTIONAL = {"decoder": dict(_LOSSES, feature_weight=0.0), "decoder-pca": _LOSSES, "distill": _LOSSES, "decoder-feedforward": _LOSSES,
+            "decoder-ldm": dict(start=None, ratio=16, statistics=2048),
             **dict.fromkeys(("generator", "generator-decoupled", "generator-repa"), {"latent_cache": None, "pool": 40_000, "pool_block": 200})}  # {stage: {option: its value unless set}}
 OPTIONAL_MODEL = dict.fromkeys(("generator", "generator-decoupled", "generator-repa"), dict(guidance_interval=(0.0, 1.0), shift_base=4096))  # the same of the models
 
@@ -235,7 +236,7 @@ def override(preset,  # Preset
 def data_fingerprint(preset,  # Preset
                      stage):  # name of a stage
     "16 hex digits over the dials of the world, the corpus if there is one, and the stage's options, not over pixels: equal digits mean equal dials, and the same data where the code that draws is the same too."
-    options = {key: value for key, value in preset.stage(stage).options.items() if key != "latent_cache"}  # where latents are kept changes no result
+    options = {key: value for key, value in preset.stage(stage).options.items() if key not in ("latent_cache", "start")}  # where latents are kept changes no result, and first weights are no data
     corpus = corpus_record(preset.corpus, paths=False) if preset.corpus else {}  # the loop's record holds the corpus' own fingerprint
     text = json.dumps([preset.world, options, *([corpus] if corpus else [])], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -343,11 +344,17 @@ def _paper_stages(steps, gpus, guidance_scale, ema_start):
     "VUGEN's stages; 8 pictures a GPU, no time shift and Euler with 50 steps are defaults of ours, as are warm-up, clip and schedule."
     size, encoder = dict(steps=steps, batch_size=8 * gpus), dict(encoder=_PLM, encoder_size=224, gpus=gpus, evaluation=5000)
     losses = dict(perceptual="lpips-vgg", perceptual_weight=0.5, alignment="facebook/dinov2-base", alignment_weight=0.25)
+    pixels = StagePreset(
+        model=dict(ratio=16, base_channels=96, multipliers=(1, 2, 3, 3), num_layers=12, precondition=0.0, shuffle_channels=0),
+        recipe=Recipe(**size, **_PAPER, **_DECODERS),
+        options=dict(encoder, **losses, latent_noise=0.0, statistics=10_000))
     return {
-        "decoder": StagePreset(
-            model=dict(ratio=16, base_channels=96, multipliers=(1, 2, 3, 3), num_layers=12, precondition=0.0, shuffle_channels=0),
-            recipe=Recipe(**size, **_PAPER, **_DECODERS),
-            options=dict(encoder, **losses, latent_noise=0.0, statistics=10_000)),
+        "decoder": pixels,
+        "decoder-pca": copy.deepcopy(pixels),  # figure 6: the reducer alone differs
+        "decoder-feedforward": StagePreset(  # a control of ours: the same network without noise and time
+            model={key: pixels.model[key] for key in ("base_channels", "multipliers", "num_layers", "shuffle_channels")},
+            recipe=pixels.recipe,
+            options=dict(encoder, **losses, reducer="decoder", latent_noise=0.0)),
         "distill": StagePreset(  # into one step; as many pictures as ten epochs of ImageNet hold
             model=dict(),  # the teacher's
             recipe=Recipe(**{**size, "steps": 10 * 1_281_167 // size["batch_size"]}, **_PAPER, **_DECODERS),
