@@ -238,5 +238,5 @@ def test_held_out_pictures_are_encoded_in_parts(root, place, tmp_path, monkeypat
     monkeypatch.setattr(stage.corpus, "held_out", lambda count: (images, told))
     encode = stage.model.encode_images
     monkeypatch.setattr(stage.model, "encode_images", lambda part: [sizes.append(len(part)), encode(part)][1])
-    with torch.no_grad(): rows = stage.finish(stage.model, tmp_path)
+    with torch.no_grad(): rows = stage.measure(stage.model, tmp_path)
     assert max(sizes) <= TOGETHER and sum(sizes) == 150 and rows[0]["n"] == 150
