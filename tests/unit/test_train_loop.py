@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vugen.errors import UserError
-from vugen.train.loop import _shard_precision, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.loop import _shard_precision, stage_parser, train_stage, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 
@@ -391,3 +391,10 @@ def test_fsdp_gathers_bf16_on_gpus_alone_and_never_batch_statistics():
     found = policy("bf16", "cuda")
     assert (found.param_dtype, found.reduce_dtype, found.output_dtype, found.cast_forward_inputs) == (torch.bfloat16, torch.float32, None, False)
     assert policy("no", "cuda") is policy("bf16", "cpu") is policy("bf16", "cuda", nn.BatchNorm1d(2)) is None
+
+
+@pytest.mark.parametrize("words,why", [("model.num_heads=3", "hidden_size 32 is not divisible by num_heads 3"), ("options.same_caption=nonsense", "same_caption is 'nonsense', choose one of")])
+def test_values_that_do_not_go_together_are_one_sentence(words, why, tmp_path):
+    from vugen.train.contrastive import ContrastiveStage
+    with pytest.raises(UserError) as caught: train_stage(ContrastiveStage, stage_parser("contrastive").parse_args(["--preset", "smoke", "--root", str(tmp_path), "--set", words]))
+    assert why in str(caught.value) and "--set KEY=VALUE" in str(caught.value) and "\n" not in str(caught.value)

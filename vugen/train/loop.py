@@ -6,11 +6,12 @@
 __all__ = ['PATIENCE', 'STATES_KEPT', 'UNMEASURED', 'Stage', 'sample_indices', 'step_seed', 'seed_everything', 'learning_rate_at',
            'make_optimizer', 'trained_tensors', 'frozen_fingerprint', 'whole', 'shard_like', 'load_tensors',
            'training_mode', 'Ema', 'Training', 'multiplies_bf16', 'make_accelerator', 'repeated_blocks',
-           'recompute_blocks', 'prepare', 'stage_device', 'stage_autocast', 'to_device', 'SharedDraws', 'micro_batches',
-           'train_step', 'optimizer_tensors', 'load_optimizer', 'gathered', 'description', 'save_state', 'states',
-           'differences', 'check_same', 'restore', 'read_log', 'duration', 'Progress', 'write_log', 'signals_noted',
-           'train_until', 'run_record', 'finish', 'unmeasured', 'check_free', 'default_state', 'run', 'stage_parser',
-           'settings_of', 'train_stage', 'say_outcome', 'command_line', 'stage_main', 'stages_main']
+           'recompute_blocks', 'prepare', 'values_fit', 'stage_device', 'stage_autocast', 'to_device', 'SharedDraws',
+           'micro_batches', 'train_step', 'optimizer_tensors', 'load_optimizer', 'gathered', 'description',
+           'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log', 'duration', 'Progress',
+           'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'unmeasured', 'check_free',
+           'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
+           'stage_main', 'stages_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -315,7 +316,7 @@ def prepare(stage, recipe, state):
     "Build the module from its seed and wrap it for this machine."
     accelerator = stage.accelerator = make_accelerator(recipe, getattr(stage, "find_unused_parameters", False))
     seed_everything(step_seed(recipe.seed, "build"))
-    module = training_mode(stage.build())
+    with values_fit(stage.name): module = training_mode(stage.build())
     sharded, frozen = accelerator.distributed_type.value == "FSDP", frozen_fingerprint(module)
     if recipe.gradient_checkpointing: recompute_blocks(module)
     if sharded: _plan_shards(accelerator, module)
@@ -327,6 +328,16 @@ def prepare(stage, recipe, state):
     if hasattr(stage, "ready"): stage.ready(module, training.rank, training.world)
     accelerator.wait_for_everyone()
     return training
+
+
+@contextlib.contextmanager
+def values_fit(name):  # of the stage that is made inside
+    "What a preset's values break while a model is built becomes a `UserError` that says why."
+    try: yield
+    except UserError: raise
+    except Exception as error:  # libraries have classes of their own
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The stage {name} cannot be built with the values it was given ({why}): change them with --set KEY=VALUE.") from error
 
 
 def stage_device(stage):
@@ -872,7 +883,7 @@ def train_stage(stage_class, arguments, name=None, command=""):
     check_inputs(preset, name)
     root = Path(arguments.root or checkpoints_dir(preset.name)).expanduser().resolve()
     out = Path(arguments.out or root / name).expanduser().resolve()
-    stage = _for_corpus(stage_class, name, preset)(preset, root)
+    with values_fit(name): stage = _for_corpus(stage_class, name, preset)(preset, root)
     if name != stage_class.name: stage.name = name
     return run(stage, preset.stage(name).recipe, out, resume=arguments.resume, stop_after=arguments.stop_after, state=arguments.state,
                overwrite=arguments.overwrite, accept_changes=arguments.accept_changes, command=command)

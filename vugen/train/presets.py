@@ -159,13 +159,13 @@ def _value(text):  # "0.1", ".1", "true", "[1, 2]" or a bare word
 
 # %% ../../nbs/train/presets.ipynb #89a0d5b6
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list", dict: "keys with values"}
-_ALSO = {"model.shift": (float, "dimension"), "model.ratio": (float,), "model.guidance_interval": (None,), "world.emoji": (str,), "options.world.emoji": (str,), "corpus.path": (str, list), "corpus.template": (None,)}  # other kinds, or single values, that a key takes
-_NOUGHT = ("num_layers", "text_layers", "blocks", "shuffle_channels", "pool", "plain_steps", "alignment_layer", "questions", "held_out_names")  # whole numbers that may be 0
+_TAKES = {"model.shift": (float, "dimension"), "model.ratio": (int, float), "model.guidance_interval": (list, None), "world.emoji": (list, str), "options.world.emoji": (list, str), "corpus.path": (str, list), "corpus.template": (str, None)}  # keys of several kinds, or of single values
+_NOUGHT = ("num_layers", "text_layers", "blocks", "shuffle_channels", "pool", "plain_steps", "alignment_layer", "held_out_names")  # whole numbers that may be 0
 
 
 def _read(text, old, key):  # what `--set` was given
     "Read as JSON where it can be; a word that replaces a word stays as it is."
-    return text if not isinstance(text, str) or isinstance(old, str) and key not in _ALSO else _value(text)
+    return text if not isinstance(text, str) or isinstance(old, str) and key not in _TAKES else _value(text)
 
 
 def _kind(value): return list if isinstance(value, tuple) else type(value)
@@ -173,15 +173,14 @@ def _kind(value): return list if isinstance(value, tuple) else type(value)
 
 def _fitting(old, value, key):  # key: the whole path
     "The value in the kind of the one that it replaces, or a `UserError` that names the key and what is wanted."
-    also = _ALSO.get(key, ())
-    single = [each for each in also if not isinstance(each, type)]
-    if old is None or value in single: return value
-    kinds = {*(() if old in single else (_kind(old),)), *(each for each in also if isinstance(each, type))}
+    takes = _TAKES.get(key, (_kind(old),))
+    kinds, single = {each for each in takes if isinstance(each, type)}, [each for each in takes if not isinstance(each, type)]
+    if value in single or takes == (type(None),): return value  # where None stands, anything may
     if int in kinds and float not in kinds and isinstance(value, float) and value.is_integer(): value = int(value)
     good = _kind(value) in kinds or (float in kinds and _kind(value) is int)
     wanted = " or ".join([_WORDS[kind] for kind in sorted(kinds, key=list(_WORDS).index)] + [json.dumps(each) for each in single])
     if not good or isinstance(value, float) and not math.isfinite(value): raise UserError(f"{key} is {value!r}: give {wanted}, such as {json.dumps(old)}.")
-    if kinds == {list} and old and len({*map(_kind, old)}) == 1: return [_fitting(old[0], each, key) for each in value]
+    if isinstance(value, list) and isinstance(old, (list, tuple)) and old and len({*map(_kind, old)}) == 1: return [_fitting(old[0], each, f"{key}.{place}") for place, each in enumerate(value)]
     if isinstance(value, dict): return {name: _fitting(old[name], each, f"{key}.{name}") if name in old else each for name, each in value.items()}
     return _large_enough(value, key, counts=int in kinds)
 
