@@ -56,7 +56,8 @@ class RunningMoments:
 
 # %% ../../nbs/encode/reducers.ipynb #746e8a0c
 class WhitenedReducer(nn.Module):
-    "Base of the reducers: tokens [..., D] to whitened latents [..., d] and back; subclasses give `encode_raw` and `decode_raw`."
+    """Base of the reducers: tokens [..., D] to whitened latents [..., d] and back; subclasses give `encode_raw` and `decode_raw`.
+    FACTS default, where the paper is silent: latents are whitened, by the mean and deviation of each channel, measured after stage 1, frozen from then on and stored with the reducer."""
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ def principal_components(
 
 # %% ../../nbs/encode/reducers.ipynb #7fe892de
 class PCAReducer(WhitenedReducer, PretrainedMixin):
-    "Per-token PCA, streaming and exact: `partial_fit` batches, then `finalize` (the baseline of VUGEN, section 4.3)."
+    "Per-token PCA, streaming and exact: `partial_fit` batches, then `finalize` (the baseline of VUGEN, section 4.3). FACTS default: fitted token by token, centred, its components not scaled by their variances."
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ def linear_map(
 
 # %% ../../nbs/encode/reducers.ipynb #ae64a11a
 class MLPReducer(WhitenedReducer, PretrainedMixin):
-    "The learned reducer of VUGEN, section 3.1: LayerNorm, Linear(D, D), SiLU, Linear(D, d) on each token."
+    "The learned reducer of VUGEN, section 3.1, an MLP with SiLU on each token. FACTS default for its layers, which the paper does not list: LayerNorm, Linear(D, D), SiLU, Linear(D, d)."
 
     def __init__(
         self,

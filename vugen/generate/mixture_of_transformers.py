@@ -206,7 +206,7 @@ class ImageTower(nn.Module):
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #a83f270e
 class TimeEmbedding(nn.Module):
-    "Time in [0, 1] → one vector: a sinusoid through two linear layers"
+    "Time in [0, 1] → one vector: a sinusoid through two linear layers. FACTS default: it is added to the image tokens; adaLN in every layer would add 403M parameters to the paper's 1.2B"
     def __init__(self,
         hidden_size: int, # H
     ):
@@ -219,7 +219,8 @@ class TimeEmbedding(nn.Module):
 
 # %% ../../nbs/generate/mixture_of_transformers.ipynb #c65d6e5b
 class MixtureOfTransformers(nn.Module):
-    "Noisy image latents, a time and a prompt → velocity (VUGEN, section 3.2)"
+    """Noisy image latents, a time and a prompt → velocity (VUGEN, section 3.2). FACTS defaults, where the paper is silent: time is added to the image tokens; their places are a fixed 2-D sin-cos embedding, added too, and one rotary index
+    that all of them share; one linear layer leads in and one out, the latter zero at the start; queries and keys get no norm that the language model does not have (it would break initialisation by copy)"""
     def __init__(self,
         language_model: nn.Module, # kept frozen; see `text_decoder`
         latent_dim: int = 8, # d, channels of a latent token

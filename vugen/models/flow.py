@@ -56,7 +56,7 @@ def sample_time(
     generator: torch.Generator | None = None, # makes the draw repeatable
     shift: float = 1.0, # see `time_shift`; 1 changes nothing
 ) -> torch.Tensor: # times in (0, 1)
-    "Draw training times"
+    "Draw training times. FACTS default, where the paper is silent: logit-normal(0, 1), not shifted"
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if kind not in TIME_KINDS: raise ValueError(f"unknown kind of time {kind!r}, choose one of {TIME_KINDS}")
     t = _draw(torch.rand, shape, generator) if kind == "uniform" else _draw(torch.randn, shape, generator).sigmoid()

@@ -114,7 +114,8 @@ def _named(made):
 
 # %% ../../nbs/train/generator.ipynb #0a3f864a
 class GeneratorStage:
-    "Image tower on ROOT/vlm and ROOT/decoder; judged by ROOT/parser"
+    """Image tower on ROOT/vlm and ROOT/decoder; judged by ROOT/parser. FACTS defaults, where the paper is silent: for 0.1 of the samples the prompt is replaced by its start token alone (`options.prompt_dropout`),
+    and times are logit-normal(0, 1) (`options.time`), shifted by `model.shift`"""
     name, measured_as_trained = "generator", True
     about = "Text to image in the reduced space of understanding: a mixture of transformers beside a frozen vision–language model (VUGEN)."
 
