@@ -28,8 +28,8 @@ __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'REC
            'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
            'Classify', 'classify_rows', 'as_wanted', 'scorer_rows', 'show_classification', 'show_notes',
            'place_scorers', 'world_size', 'seen_size', 'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows',
-           'Retrieve', 'check_retrieve', 'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table',
-           'save_figures', 'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows',
+           'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Retrieve',
+           'check_retrieve', 'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures',
            'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather',
            'read_verb', 'command_of', 'run_verb', 'main']
 
@@ -543,6 +543,87 @@ def long_rows(rows):  # of `run_probe`
     def long(row): return {"encoder": row["encoder"], "suite": "probes", "category": row["target"], "metric": "accuracy", **{key: value for key, value in row.items() if key not in ("encoder", "target")}}
     return [long(row) for row in rows]
 
+# %% ../../nbs/lab/cli.ipynb #c3f7bf4b
+@dataclass
+class Evaluate:
+    "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
+    folder: Path  # what `vugen generate` wrote, or any folder of pictures
+    reference: Optional[Path] = None  # folder of reference pictures: PSNR of files with equal names, Fréchet distance of the sets
+    json: Optional[Path] = None  # file for the rows; - prints them
+    root: Optional[Path] = None  # folder of checkpoints
+    device: str = "auto"  # auto, cpu or cuda
+
+    def __call__(self, command):
+        check_target(self.json)
+        device, prompts = pick_device(self.device), read_prompts(self.folder)
+        if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
+        root, rows = root_of(self.root), []
+        notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
+        if prompts: rows += prompt_rows(self.folder, prompts, root, device)
+        if self.reference: rows += reference_rows(self.folder, self.reference, device)
+        report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
+
+# %% ../../nbs/lab/cli.ipynb #a3206ce5
+def read_prompts(folder):  # folder of pictures
+    "{file name: prompt} of a folder that `vugen generate` wrote, empty for any other."
+    folder = Path(folder).expanduser()
+    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
+    path = folder / "generate.json"
+    if not path.exists(): return {}
+    try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
+    except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
+
+# %% ../../nbs/lab/cli.ipynb #f8f34935
+def other_prompts(prompts):  # one a picture
+    "For each prompt the next one that says something else, in a circle; empty where all say the same."
+    from vugen.data.scenes import parse
+    said = dict(zip((told := [parse(prompt) for prompt in prompts]), prompts))
+    if len(said) < 2: return []
+    order = list(said)
+    following = dict(zip(order, order[1:] + order[:1]))
+    return [said[following[each]] for each in told]
+
+# %% ../../nbs/lab/cli.ipynb #b3fafede
+def prompt_rows(folder, prompts, root, device):
+    "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
+    from dataclasses import replace
+    from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
+    from vugen.understand.scorers import world_of
+    parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
+    images = read_images([Path(folder) / name for name in prompts], parser.image_size, counter).to(device)
+    asked = list(prompts.values())
+    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
+    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
+    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
+
+# %% ../../nbs/lab/cli.ipynb #b3d9dfee
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def pictures_in(folder):
+    "{file name: path} of the pictures in a folder."
+    folder = Path(folder).expanduser()
+    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
+    found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")}
+    if not found: raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): name another folder.")
+    return found
+
+
+def reference_rows(folder, reference, device, size=128):
+    "PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, at 128 pixels."
+    from vugen.encode.encoders import EfficientNetLite0
+    from vugen.evaluate.fidelity import frechet_row, mean_psnr
+    ours, theirs = pictures_in(folder), pictures_in(reference)
+    counter = Counter()
+    images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
+    shared = [name for name in ours if name in theirs]
+    rows = []
+    if shared:
+        places = [list(ours).index(name) for name in shared], [list(theirs).index(name) for name in shared]
+        rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
+    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
+    return rows
+
 # %% ../../nbs/lab/cli.ipynb #5c76fce6
 @dataclass
 class Retrieve:
@@ -641,87 +722,6 @@ def save_figures(rows, out):  # of `measure_retrieval`; a folder
         with atomic_path(Path(out).expanduser() / f"{name}.png") as temporary: draw(rows).savefig(temporary, dpi=150)
         pyplot.close("all")
 
-
-# %% ../../nbs/lab/cli.ipynb #c3f7bf4b
-@dataclass
-class Evaluate:
-    "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
-    folder: Path  # what `vugen generate` wrote, or any folder of pictures
-    reference: Optional[Path] = None  # folder of reference pictures: PSNR of files with equal names, Fréchet distance of the sets
-    json: Optional[Path] = None  # file for the rows; - prints them
-    root: Optional[Path] = None  # folder of checkpoints
-    device: str = "auto"  # auto, cpu or cuda
-
-    def __call__(self, command):
-        check_target(self.json)
-        device, prompts = pick_device(self.device), read_prompts(self.folder)
-        if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
-        root, rows = root_of(self.root), []
-        notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
-        if prompts: rows += prompt_rows(self.folder, prompts, root, device)
-        if self.reference: rows += reference_rows(self.folder, self.reference, device)
-        report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
-
-# %% ../../nbs/lab/cli.ipynb #a3206ce5
-def read_prompts(folder):  # folder of pictures
-    "{file name: prompt} of a folder that `vugen generate` wrote, empty for any other."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    path = folder / "generate.json"
-    if not path.exists(): return {}
-    try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
-    except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
-
-# %% ../../nbs/lab/cli.ipynb #f8f34935
-def other_prompts(prompts):  # one a picture
-    "For each prompt the next one that says something else, in a circle; empty where all say the same."
-    from vugen.data.scenes import parse
-    said = dict(zip((told := [parse(prompt) for prompt in prompts]), prompts))
-    if len(said) < 2: return []
-    order = list(said)
-    following = dict(zip(order, order[1:] + order[:1]))
-    return [said[following[each]] for each in told]
-
-# %% ../../nbs/lab/cli.ipynb #b3fafede
-def prompt_rows(folder, prompts, root, device):
-    "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
-    from dataclasses import replace
-    from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
-    from vugen.understand.scorers import world_of
-    parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
-    images = read_images([Path(folder) / name for name in prompts], parser.image_size, counter).to(device)
-    asked = list(prompts.values())
-    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
-    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
-    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
-
-# %% ../../nbs/lab/cli.ipynb #b3d9dfee
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def pictures_in(folder):
-    "{file name: path} of the pictures in a folder."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")}
-    if not found: raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): name another folder.")
-    return found
-
-
-def reference_rows(folder, reference, device, size=128):
-    "PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, at 128 pixels."
-    from vugen.encode.encoders import EfficientNetLite0
-    from vugen.evaluate.fidelity import frechet_row, mean_psnr
-    ours, theirs = pictures_in(folder), pictures_in(reference)
-    counter = Counter()
-    images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
-    shared = [name for name in ours if name in theirs]
-    rows = []
-    if shared:
-        places = [list(ours).index(name) for name in shared], [list(theirs).index(name) for name in shared]
-        rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
-    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
-    return rows
 
 # %% ../../nbs/lab/cli.ipynb #92d8c3fb
 @dataclass
