@@ -454,3 +454,15 @@ def test_pictures_of_several_sizes(parts):
     assert all(row["value"] == row["denoising"] for row in rows) and rows[0]["value"] >= rows[1]["value"] >= rows[2]["value"]
     searched = retrieve_pictures(index, parts.contrastive, scorers["denoising"], [image], ["a"], shortlist=5, budget=1, weight=0.0)
     assert [row["search_rank"] for row in searched] == [1, 2, 3, 4, 5]
+
+
+def test_published_towers_search_and_published_pipelines_read_again(parts, tmp_path):
+    from vugen.understand.pipelines import tiny_pipeline
+    from vugen.understand.pretrained import save_pair_miniature
+    save_pair_miniature("clip", tmp_path / "clip")
+    tiny_pipeline("epsilon").save_pretrained(tmp_path / "sd")
+    found = measure_retrieval(parts, 8, 300, "hnsw", shortlists=(3,), budgets=(1, 2), encoder=f"clip:{tmp_path / 'clip'}", scorer=f"diffusion:{tmp_path / 'sd'}", folder=tmp_path / "index")
+    assert (found["run"]["encoder"], found["run"]["scorer"]) == ("clip:clip", "diffusion:sd") and found["run"]["cost"]["calls"] == 8 * 3 * 2 and str(tmp_path) not in json.dumps(found)
+    assert {row["category"] for row in found["rows"]} == {"hnsw", "diffusion:sd", "cosine + diffusion:sd", "diffusion:sd, racing 0.05"}
+    save_pair_miniature("clip", tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="another model"): measure_retrieval(parts, 8, 300, shortlists=(3,), budgets=(1,), encoder=f"clip:{tmp_path / 'other'}", folder=tmp_path / "index")

@@ -41,7 +41,7 @@ __all__ = ['EDGES', 'NOTE', 'VECTORS', 'TEXTS', 'KINDS', 'DEPTHS', 'things_of', 
            'chance_recall', 'recall_row', 'nested_plan', 'mixed_scores', 'choice_loss', 'fit_weight', 'Reranked',
            'rerank', 'denoiser_of', 'shortlist_errors', 'flops_of_parts', 'query_gflops', 'pareto', 'groups_of',
            'shortlist_rows', 'hybrid_rows', 'race_rows', 'with_front', 'recall_figure', 'pareto_figure', 'two_towers',
-           'load_pair', 'open_gallery', 'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
+           'load_pair', 'short_name', 'open_gallery', 'check_shortlists', 'measure_retrieval', 'retrieve_pictures']
 
 # %% ../../nbs/understand/retrieval.ipynb #9aa45e80
 def things_of(
@@ -844,6 +844,11 @@ def load_pair(
     loaded = dict(zip(names, load_scorers(root, names, device).values(), strict=True))  # tables may call them otherwise
     return two_towers(loaded[encoder]), loaded[scorer]
 
+def short_name(name: str) -> str:  # of a scorer, such as clip:FOLDER
+    "A scorer's name without the folders above its own"
+    kind, colon, place = name.partition(":")
+    return f"{kind}:{Path(place).name}" if colon else name
+
 def open_gallery(
     encoder,  # with two towers
     captions: Sequence[str],  # N
@@ -902,11 +907,11 @@ def measure_retrieval(
     errors, cost = shortlist_errors(second, images.to(device), short, max(budgets), seed, index.folder / "errors", progress)
     labels = {"suite": f"{len(index):,} captions"}
     rows = shortlist_rows(found, relevant, exact, scenes, len(index), [k for k in DEPTHS if k <= len(index)], number // 4, category=kind, **labels)
-    rows += hybrid_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, budgets, scorer, **labels)
-    if race and errors.shape[2] > 1: rows += race_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, Racing(race), scorer, **labels)
+    rows += hybrid_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, budgets, short_name(scorer), **labels)
+    if race and errors.shape[2] > 1: rows += race_rows(found, errors, relevant, exact, scenes, number // 4, index, shortlists, Racing(race), short_name(scorer), **labels)
     flops = flops_of_parts(model, queries.shape[1], second, images[0].to(device), short[0][0])
     rows = with_front(rows, flops, found.comparisons)
-    about = {"index": {"kind": kind, **index.options, "captions": len(index), "dim": queries.shape[1], "comparisons": found.comparisons}, "scorer": scorer, "encoder": encoder, "held_in": number // 4,
+    about = {"index": {"kind": kind, **index.options, "captions": len(index), "dim": queries.shape[1], "comparisons": found.comparisons}, "scorer": short_name(scorer), "encoder": short_name(encoder), "held_in": number // 4,
              "relevant_captions": float(np.mean([len(right) for right in relevant])), "operations": flops, "cost": cost.asdict(), "search_seconds": round(seconds, 4), "faiss": import_faiss().__version__}
     return {"run": run_record(command, seed, parts.root, device, **about), "rows": rows}
 
@@ -939,5 +944,5 @@ def retrieve_pictures(
     scores, rows = mixed_scores(found.cosines, errors, None, weight), []
     for name, texts, cosines, mine, told in zip(names, short, found.cosines.tolist(), scores, errors.mean(2).tolist()):
         for rank, place in enumerate(mine.argsort(descending=True, stable=True)[:top].tolist(), 1):
-            rows.append({"images": name, "suite": f"{len(index):,} captions", "category": texts[place], "metric": "score", "value": float(mine[place]), "rank": rank, "search_rank": place + 1, "cosine": cosines[place], scorer.name: -told[place]})
+            rows.append({"images": name, "suite": f"{len(index):,} captions", "category": texts[place], "metric": "score", "value": float(mine[place]), "rank": rank, "search_rank": place + 1, "cosine": cosines[place], short_name(scorer.name): -told[place]})
     return rows
