@@ -200,8 +200,8 @@ class Generate:
 
     def __call__(self, command):
         check_generate(self); check_target(self.out, "folder")
-        root = root_of(self.root)
-        prompts, device = (check_captions(self.prompts, "prompt") if reads_freely(root / self.generator) else check_prompts(self.prompts)), pick_device(self.device)
+        prompts, root, device = check_captions(self.prompts, "prompt"), root_of(self.root), pick_device(self.device)
+        if not reads_freely(root / self.generator): prompts = check_prompts(prompts)
         from vugen.generate.text_to_image import TextToImage, paint_with
         model = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device)
         if self.decoder: paint_with(model, decoder_in(root, self.decoder))
