@@ -377,3 +377,13 @@ def test_the_program_draws_its_table_again(folder, tmp_path, capsys):
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert first["rows"] == second["rows"] and str(tmp_path) not in first["run"]["command"]
     assert call("bind", "--suite", "winoground", "--root", root) == 2 and "holds SugarCrepe" in capsys.readouterr().err
+
+
+def test_a_separator_of_lines_inside_a_caption_ends_no_row(tmp_path):
+    from vugen.understand.published import read_list
+    for mark in ("\u2028", "\u2029", "\x85"):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"id": 1, "caption": f"a red{mark}circle"}, ensure_ascii=False) + "\r\n" + json.dumps({"id": 2, "caption": "b"}) + "\n", encoding="utf-8")
+        (tmp_path / "rows.csv").write_text(f'id,caption\n1,"a red{mark}circle"\n2,b\n', encoding="utf-8")
+        for name in ("rows.jsonl", "rows.csv"):
+            rows = [row for *_, row in read_list(tmp_path / name, "rows")]
+            assert [row["caption"] for row in rows] == [f"a red{mark}circle", "b"], name

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import hashlib
 import json
 import math
@@ -122,9 +123,9 @@ def read_list(
     "Rows of a benchmark's list, each with its place and its key"
     if path.suffix == ".parquet": return [(f"{path}, row {number}", str(number), row) for number, row in enumerate(_parquet_rows(path, wants))]
     text = _read_text(path, wants)
-    if path.suffix == ".jsonl": return [(f"{path}, line {number}", str(number - 1), _parse(path, line, wants, first=number)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".jsonl": return [(f"{path}, line {number}", str(number - 1), _parse(path, line, wants, first=number)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), skipinitialspace=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
         return [(f"{path}, line {reader.line_num}", str(number), {(name or "").strip().lower(): value for name, value in row.items()}) for number, row in enumerate(reader)]
     found = _parse(path, text, wants)
     if isinstance(found, list): return [(f"{path}, entry {number}", str(number), row) for number, row in enumerate(found)]
