@@ -423,9 +423,9 @@ def test_a_generator_of_vae_latents_takes_no_other_decoder(model, trained):
 
 
 def test_an_unknown_stage_of_the_module_is_refused(capsys):
-    for words, said in ((["--stage", "generator-other"], "generator-decoupled"), (["--stage"], "argument --stage")):
+    for words in (["--stage", "generator-other"], ["--stage"]):
         with pytest.raises(SystemExit) as left: training.main(words)
-        assert left.value.code == 2 and said in capsys.readouterr().err
+        assert left.value.code == 2 and "generator-decoupled" in capsys.readouterr().err
 
 
 def test_vugens_own_stage_is_not_aligned(root):
