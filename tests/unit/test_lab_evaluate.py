@@ -5,7 +5,7 @@ import torch
 
 from vugen.data.scenes import World
 from vugen.evaluate import scene_parser
-from vugen.lab import cli
+from vugen.lab import evaluate
 
 
 class Parser:
@@ -20,6 +20,6 @@ def test_the_parser_is_judged_on_what_is_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(scene_parser.SceneParser, "from_pretrained", lambda folder: Parser())
     monkeypatch.setattr(scene_parser, "prompt_accuracy", lambda *rest, **columns: [])
     monkeypatch.setattr(scene_parser, "parser_accuracy", lambda parser, world, *rest, **columns: asked.append(world) or [])
-    monkeypatch.setattr(cli, "read_images", lambda paths, size, progress=None: torch.zeros(len(paths), 3, size, size))
-    cli.prompt_rows(tmp_path, {"one.png": "a red circle"}, tmp_path, "cpu")
+    monkeypatch.setattr(evaluate, "read_images", lambda paths, size, progress=None: torch.zeros(len(paths), 3, size, size))
+    evaluate.prompt_rows(tmp_path, {"one.png": "a red circle"}, tmp_path, "cpu")
     assert asked == [World(held_out=("red circle",), split="test")]

@@ -5,143 +5,29 @@
 # %% ../../nbs/lab/cli.ipynb #6900650a
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Optional
 
 from ..errors import UserError
 from .bench import Bench
-from ..paths import atomic_path, checkpoints_dir, without_folders
+from .evaluate import Evaluate
+from .terminal import LARGEST_SEED, LARGEST_SIDE, MOST_STEPS, Counter, check_captions, check_number, check_prompts, check_target, delivery, pick_device, pictures_in, read_images, read_pictures, report, root_of, run_record, sentence, show_notes, show_rows, write_json
+from ..paths import atomic_path, without_folders
 
 # %% auto #0
-__all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SUFFIXES', 'VERBS', 'run_record',
-           'write_json', 'check_target', 'delivery', 'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number',
-           'check_captions', 'check_prompts', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
-           'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images', 'read_pictures',
-           'read_images', 'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names',
-           'Classify', 'classify_rows', 'as_wanted', 'scorer_rows', 'show_classification', 'show_notes',
-           'place_scorers', 'world_size', 'seen_size', 'Bind', 'report_bind', 'Counter', 'report', 'Probe', 'long_rows',
-           'Evaluate', 'read_prompts', 'other_prompts', 'prompt_rows', 'pictures_in', 'reference_rows', 'Retrieve',
-           'check_retrieve', 'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures',
-           'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather',
-           'read_verb', 'command_of', 'run_verb', 'main']
-
-# %% ../../nbs/lab/cli.ipynb #22689d7c
-def run_record(command, seed=None, root=None, device="cpu", **more):
-    "How a measurement came about, see `vugen.evaluate.records.run_record`; nothing heavy is imported before it is called."
-    from vugen.evaluate.records import run_record
-    return run_record(command, seed, root, device, **more)
-
-
-def write_json(target, content):  # target: a file, or "-" for standard output
-    "Write JSON whole or not at all."
-    text = json.dumps(content, indent=1, default=_plain) + "\n"
-    if str(target) == "-": sys.stdout.write(text); return
-    try:
-        with atomic_path(Path(target).expanduser()) as temporary: temporary.write_text(text)
-    except OSError as error: raise UserError(f"{target} cannot be written ({error.strerror}): name another file.") from error
-
-
-def _plain(value):  # numbers of numpy and torch, paths
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-# %% ../../nbs/lab/cli.ipynb #9b8507cb
-def check_target(path, kind="file"):  # what --json said, or with "folder" what --out said
-    "Refuse at once what could not be written at the end."
-    if path is None or str(path) == "-": return
-    path = Path(path).expanduser()
-    try:
-        if path.exists() and path.is_dir() != (kind == "folder"): raise UserError(f"{path} is a {'file' if kind == 'folder' else 'folder'}: name a {kind}.")
-        above = next(each for each in path.absolute().parents if each.exists())
-        if not above.is_dir(): raise UserError(f"{above} is a file: name a {kind} that does not lie below it.")
-    except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror}): name another {kind}.") from error
-    if not all(os.access(each, os.W_OK) for each in (above, path) if each.is_dir()): raise UserError(f"{path} cannot be written (no permission): name another {kind}.")
-
-# %% ../../nbs/lab/cli.ipynb #cfd33f52
-@contextlib.contextmanager
-def delivery(out):  # folder that receives the files; made if needed, other files in it stay
-    "Yield a temporary folder beside `out`; its files move there at the end, or vanish if anything was raised."
-    out = Path(out).expanduser().resolve()
-    if out.exists() and not out.is_dir(): raise UserError(f"{out} is a file: name a folder with --out.")
-    with atomic_path(out.parent / f".{out.name}.delivery") as temporary:
-        try:
-            temporary.mkdir()
-            yield temporary
-            out.mkdir(exist_ok=True)
-            for path in sorted(temporary.iterdir()): os.replace(path, out / path.name)
-            temporary.rmdir()
-        except OSError as error: raise UserError(f"{out} cannot be written ({error.strerror}): name another folder with --out.") from error
-
-# %% ../../nbs/lab/cli.ipynb #fb9b246b
-def root_of(root):  # what --root said
-    "The folder of checkpoints: the named one, or the embedded ones."
-    root = Path(root).expanduser().resolve() if root else checkpoints_dir()
-    if not root.is_dir(): raise UserError(f"{root} is not a folder of checkpoints: train one with `vugen train STAGE --root {root}`, or name another with --root.")
-    return root
-
-
-def pick_device(name):  # "auto", "cpu", "cuda", …
-    "A torch device; auto is a GPU where there is one."
-    import torch
-    if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: device = torch.device(name)
-    except RuntimeError: device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"): raise UserError(f"There is no device {name!r}: give auto, cpu, cuda or mps.")
-    gpus = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
-    if not gpus or (device.index or 0) >= gpus: raise UserError(f"There is no GPU {name!r} that torch can use here: give --device cpu.")
-    return device
-
-# %% ../../nbs/lab/cli.ipynb #da5179e3
-def show_rows(rows, columns=None):
-    "Rows as an aligned table on standard output."
-    columns = columns or [key for key in dict.fromkeys(key for row in rows for key in row) if any(row.get(key) not in (None, "") for row in rows)]
-    lines = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    for line in lines: print("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-
-
-def _cell(value): return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-# %% ../../nbs/lab/cli.ipynb #8b97a16e
-def sentence(error):
-    "A `UserError` on one line, with a full stop."
-    text = " ".join(str(error).split())
-    return text if text.endswith((".", "?", "!", "…")) else text + "."
-
-# %% ../../nbs/lab/cli.ipynb #c1258517
-LARGEST_SEED = 2**32 - 1  # what every random generator in use takes
-MOST_STEPS, LARGEST_SIDE = 1000, 4096  # of a sampler; of a picture file in pixels
-
-
-def check_number(name, value, low, high=None):  # option as it is typed, and its bounds, both included
-    "The number itself, None where it was not given, or a `UserError` that names the option and what it may be."
-    if value is None or (value >= low and (high is None or value <= high)): return value
-    wanted = f"at least {low:,}" if high is None else f"a number from {low:,} to {high:,}"
-    raise UserError(f"{name} is {value}: give {wanted}.")
-
-# %% ../../nbs/lab/cli.ipynb #81e47c55
-def check_captions(captions, kind="caption"):  # or "prompt"
-    "The captions without outer blanks, or a `UserError` where one is empty or endless."
-    from vugen.data.scenes import LONGEST
-    for caption in captions:
-        if not caption.strip(): raise UserError(f"The {kind} is empty: describe a scene, such as 'a red circle left of a blue square'.")
-        if len(caption) > LONGEST: raise UserError(f"The {kind} has {len(caption):,} characters: shorten it to at most {LONGEST:,}.")
-    return [caption.strip() for caption in captions]
-
-
-def check_prompts(prompts):
-    "The same for captions that must be of the grammar: a foreign word is named."
-    from vugen.data.scenes import parse
-    prompts = check_captions(prompts, "prompt")
-    for prompt in prompts: parse(prompt)
-    return prompts
+__all__ = ['STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'VERBS', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
+           'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images', 'Reconstruct',
+           'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
+           'as_wanted', 'scorer_rows', 'show_classification', 'place_scorers', 'world_size', 'seen_size', 'Bind',
+           'report_bind', 'Probe', 'long_rows', 'Retrieve', 'check_retrieve', 'picture_paths', 'retrieve_files',
+           'show_answers', 'retrieval_table', 'save_figures', 'Describe', 'show_description', 'Play', 'Ablate',
+           'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
@@ -282,25 +168,6 @@ def save_images(images, prompts, run, out, size=None):
         write_json(folder / "generate.json", {"run": run, "rows": [{"image": name, "prompt": prompt} for name, prompt in zip(names, prompts)]})
     return names
 
-# %% ../../nbs/lab/cli.ipynb #c6a9ed21
-def read_pictures(paths):  # paths of image files
-    "Pillow pictures; every file is read before anything is computed."
-    from vugen.data.images import load_image
-    if not paths: raise UserError("There is no image: name at least one file.")
-    return [load_image(path) for path in paths]
-
-
-def read_images(paths, size, progress=None, what="reading pictures"):  # progress: `Counter`, told of what
-    "Pictures as [B, 3, size, size] in [0, 1], cut to the square in their middle; only one is held at its own size."
-    import torch
-    from vugen.data.images import to_tensor
-    paths, images = list(paths), []
-    if not paths: read_pictures(paths)
-    for path in paths:
-        images.append(to_tensor(read_pictures([path])[0], size))
-        if progress: progress(what, len(images), len(paths))
-    return torch.cat(images)
-
 # %% ../../nbs/lab/cli.ipynb #0eb44bd0
 RECONSTRUCTIONS = {"learned": "decoder", "pca": "decoder-pca"}
 
@@ -434,12 +301,6 @@ def show_classification(rows, captions):
     cell = {(row["scorer"], row["caption"]): f"{row['value']:.4g}{' *' if row['best'] else ''}" for row in rows}
     show_rows([{"caption": caption, **{name: cell[name, caption] for name in scorers}} for caption in captions])
 
-
-def show_notes(notes):  # {what is missing: why}
-    "What a table lacks, below it."
-    if notes: print("\nLeft out:")
-    for name, why in notes.items(): print(f"  {name}: {why}")
-
 # %% ../../nbs/lab/cli.ipynb #4aa7fcb9
 def place_scorers(root, names, device, seed):  # seed: of the noise, for scorers that have some
     "Scorers of trained checkpoints on a device."
@@ -496,29 +357,6 @@ def report_bind(target, found):
     for name, why in (found["run"].get("notes") or {}).items(): print(f"{name}: {why}")
     if found.get("store"): print(f"\nScores of every item: {found['store']} (vugen bind --from-items FILE draws the table again)")
 
-# %% ../../nbs/lab/cli.ipynb #57dd4806
-class Counter:
-    "Progress of a long measurement on standard error: what, how many of how many, how long still."
-
-    def __init__(self): self.name, self.start, self.shown = None, 0.0, 0.0
-
-    def __call__(self, name, done, total):
-        now = time.monotonic()
-        if name != self.name: self.name, self.start, self.shown = name, now, 0.0
-        live = sys.stderr.isatty()
-        if done < total and now - self.shown < (0.2 if live else 10): return
-        self.shown, seconds = now, now - self.start
-        left = f", {seconds / done * (total - done):.0f}s left" if 0 < done < total else ""
-        rate = "" if not (seconds > 0 and done) else f", {done / seconds:.1f}/s" if done > seconds else f", {seconds / done:.1f}s each"
-        end = "" if live and done < total else "\n"
-        print(("\r\x1b[K" if live else "") + f"{name}: {done}/{total}{rate}{left}", end=end, file=sys.stderr, flush=True)
-
-
-def report(target, rows, run):
-    "Rows to the named file and, unless that is standard output, as a table to the terminal."
-    if target: write_json(target, {"run": run, "rows": rows})
-    if str(target) != "-": show_rows(rows); show_notes(run.get("notes") or {})
-
 # %% ../../nbs/lab/cli.ipynb #8d79292d
 @dataclass
 class Probe:
@@ -542,87 +380,6 @@ def long_rows(rows):  # of `run_probe`
     "Rows of probes with the columns of every other measurement: what is read is the category, the readout stays."
     def long(row): return {"encoder": row["encoder"], "suite": "probes", "category": row["target"], "metric": "accuracy", **{key: value for key, value in row.items() if key not in ("encoder", "target")}}
     return [long(row) for row in rows]
-
-# %% ../../nbs/lab/cli.ipynb #c3f7bf4b
-@dataclass
-class Evaluate:
-    "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
-    folder: Path  # what `vugen generate` wrote, or any folder of pictures
-    reference: Optional[Path] = None  # folder of reference pictures: PSNR of files with equal names, Fréchet distance of the sets
-    json: Optional[Path] = None  # file for the rows; - prints them
-    root: Optional[Path] = None  # folder of checkpoints
-    device: str = "auto"  # auto, cpu or cuda
-
-    def __call__(self, command):
-        check_target(self.json)
-        device, prompts = pick_device(self.device), read_prompts(self.folder)
-        if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
-        root, rows = root_of(self.root), []
-        notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
-        if prompts: rows += prompt_rows(self.folder, prompts, root, device)
-        if self.reference: rows += reference_rows(self.folder, self.reference, device)
-        report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
-
-# %% ../../nbs/lab/cli.ipynb #a3206ce5
-def read_prompts(folder):  # folder of pictures
-    "{file name: prompt} of a folder that `vugen generate` wrote, empty for any other."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    path = folder / "generate.json"
-    if not path.exists(): return {}
-    try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
-    except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
-
-# %% ../../nbs/lab/cli.ipynb #f8f34935
-def other_prompts(prompts):  # one a picture
-    "For each prompt the next one that says something else, in a circle; empty where all say the same."
-    from vugen.data.scenes import parse
-    said = dict(zip((told := [parse(prompt) for prompt in prompts]), prompts))
-    if len(said) < 2: return []
-    order = list(said)
-    following = dict(zip(order, order[1:] + order[:1]))
-    return [said[following[each]] for each in told]
-
-# %% ../../nbs/lab/cli.ipynb #b3fafede
-def prompt_rows(folder, prompts, root, device):
-    "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
-    from dataclasses import replace
-    from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
-    from vugen.understand.scorers import world_of
-    parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
-    images = read_images([Path(folder) / name for name in prompts], parser.image_size, counter).to(device)
-    asked = list(prompts.values())
-    rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
-    if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
-    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
-
-# %% ../../nbs/lab/cli.ipynb #b3d9dfee
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def pictures_in(folder):
-    "{file name: path} of the pictures in a folder."
-    folder = Path(folder).expanduser()
-    if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    found = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")}
-    if not found: raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): name another folder.")
-    return found
-
-
-def reference_rows(folder, reference, device, size=128):
-    "PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, at 128 pixels."
-    from vugen.encode.encoders import EfficientNetLite0
-    from vugen.evaluate.fidelity import frechet_row, mean_psnr
-    ours, theirs = pictures_in(folder), pictures_in(reference)
-    counter = Counter()
-    images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
-    shared = [name for name in ours if name in theirs]
-    rows = []
-    if shared:
-        places = [list(ours).index(name) for name in shared], [list(theirs).index(name) for name in shared]
-        rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
-    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
-    return rows
 
 # %% ../../nbs/lab/cli.ipynb #5c76fce6
 @dataclass
@@ -843,7 +600,7 @@ def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
 # %% ../../nbs/lab/cli.ipynb #a0430a91
 def command_of(words):
     "The command for a record: option values that are folders or files of this machine are left out."
-    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints", "--errors"}, [], False
+    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints", "--errors", "--answers"}, [], False
     for word in words:
         if not skip and word not in hidden and not word.startswith(tuple(f"{option}=" for option in hidden)): kept.append(word)
         skip = word in hidden
