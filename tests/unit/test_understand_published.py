@@ -387,3 +387,103 @@ def test_a_separator_of_lines_inside_a_caption_ends_no_row(tmp_path):
         for name in ("rows.jsonl", "rows.csv"):
             rows = [row for *_, row in read_list(tmp_path / name, "rows")]
             assert [row["caption"] for row in rows] == [f"a red{mark}circle", "b"], name
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from vugen.understand.published import ScoreStore, load_published, run_published
+from vugen.understand.scorers import PairScorer
+root, store, name, other, deaths = sys.argv[1:]
+class Slow(PairScorer):
+    "Waits for the other process, then answers by caption; dies without a word after some calls"
+    def __init__(self): self.name, self.asked = name, 0
+    def score_pairs(self, images, captions):
+        if not self.asked and other:
+            Path(f"{store}.{name}").touch()
+            while not Path(f"{store}.{other}").exists(): time.sleep(.001)
+        self.asked += 1
+        if self.asked > int(deaths): os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor([float(sum(map(ord, caption)) % 7) for caption in captions])
+run_published(load_published("gdbench-clevr", root, size=4), {name: Slow()}, ScoreStore(store), batch_size=1)
+"""
+
+
+def started(*words):
+    import subprocess
+    import sys
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, words)], stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_may_share_a_store(folder, tmp_path):
+    root, store = folder("gdbench-clevr"), tmp_path / "i.parquet"
+    names = [f"CLEVR_{n}.png" for n in range(12)]
+    write(root / "captions/spatial.json", {name: [["A red cube.", "A blue cube."], ["A blue ball.", "A red ball."]] for name in names})
+    for name in names: picture(root / f"images/{name}")
+    running = [started(root, store, "one", "two", 99), started(root, store, "two", "one", 99)]
+    for each in running: assert (each.communicate()[1], each.returncode) == ("", 0)
+    found = ScoreStore(store).read()
+    keys = {item.key for item in load_published("gdbench-clevr", root, size=4).items}
+    for name in ("one", "two"): assert sorted(record["key"] for record in found if record["scorer"] == name) == sorted(keys)
+    assert not (tmp_path / "i.parquet.parts").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_process_leaves_its_scores_to_the_next(folder, tmp_path):
+    root, store = folder("gdbench-clevr"), tmp_path / "i.parquet"
+    assert started(root, store, "one", "", 3).wait() == -9 and not store.exists()
+    kept = ScoreStore(store).read()
+    assert started(root, store, "one", "", 1).wait() == 0 and len(kept) == 3 and not (tmp_path / "i.parquet.parts").exists()
+    whole = tmp_path / "whole.parquet"
+    assert started(root, whole, "one", "", 99).wait() == 0
+    assert rows_from_items(whole)["rows"] == rows_from_items(store)["rows"] and ScoreStore(whole).read() == ScoreStore(store).read()
+
+
+def test_parts_of_another_run_are_kept_and_only_parts_that_were_read_go(tmp_path):
+    store, other = ScoreStore(tmp_path / "i.parquet"), ScoreStore(tmp_path / "i.parquet")
+    make = lambda scorer, key, fingerprint="f": {"suite": "s", "scorer": scorer, "fingerprint": fingerprint, "key": key, "digest": "d", "category": "c", "group": "", "slot": "", "place": 0, "captions": ["a", "b"], "pictures": 1, "scores": [1., 0.], "problem": "", "one_way": False}
+    store.add([make("x", "1")]); other.add([make("y", "1"), make("x", "1", "g")]); store.add([make("x", "2")])
+    assert len(list(store.parts.iterdir())) == 3
+    store.finish([make("x", "1"), {**make("x", "2"), "place": 1}], {"suite": "s", "items": 2})
+    assert [(record["scorer"], record["key"], record["fingerprint"], record["place"]) for record in store.read()] == [("x", "1", "f", 0), ("x", "2", "f", 1), ("y", "1", "f", 2), ("x", "1", "g", 3)]
+
+
+def test_a_table_drawn_again_knows_nothing_of_a_run_in_progress(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    small = run_published(load_published("sugarcrepe", root, size=6, limit=1), {"d": Dies(99)}, store)
+    with pytest.raises(KeyboardInterrupt): run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(1)}, store, "other weights", batch_size=1)
+    assert store.parts.exists() and rows_from_items(store.path)["rows"] == small["rows"]
+    with pytest.raises(UserError, match="not finished"): 
+        ScoreStore(tmp_path / "new.parquet").add(store.read()[:1]); rows_from_items(tmp_path / "new.parquet")
+
+
+def test_a_picture_of_equal_size_is_another_picture(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(99)}, store)
+    file = root / "val2017" / f"{1:012d}.jpg"
+    size = file.stat().st_size
+    picture(file, (0., 1., 0.))
+    data = file.read_bytes()[:size]
+    file.write_bytes(data + b"\0" * (size - len(data)))
+    scorer = Dies(99)
+    run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert file.stat().st_size == size and scorer.asked == 2  # one picture of two lists
+
+
+def test_a_damaged_picture_is_tried_again(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    file = root / "val2017" / f"{1:012d}.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good[:200])
+    found = run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(99)}, store)
+    assert found["notes"]["damaged pictures"].startswith("2 of 4")
+    file.write_bytes(good)
+    scorer = Dies(99)
+    found = run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert scorer.asked == 2 and "damaged pictures" not in found["notes"] and found["rows"][-1]["n"] == 4
+    # the same where the file did not change, as on a disk that was away: what could not be scored is asked again
+    record = [{**record, "scores": [], "problem": "away"} if record["place"] == 0 else record for record in store.finished()]
+    store.finish(record, store.about())
+    scorer = Dies(99)
+    run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert scorer.asked == 1

@@ -5,6 +5,7 @@
 # %% ../../nbs/understand/benchmarks.ipynb #a1668c9c
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -68,12 +69,18 @@ class Suite:
     pictures: Callable  # indices [B] → float [B, 2, 3, H, W]; where there is no second picture, the first again
     scenes: list | None = None  # the two scenes behind each item, if known; None for a picture that is not there
     sized: Callable | None = None  # (indices [B], side in pixels or "original") → pictures of that side, or B × 2 Pillow pictures at their own sizes
+    identity: Callable | None = None  # index → what its pictures are made from, in words; none: their pixels tell
 
     def __len__(self): return len(self.items)
 
     def shown(self, indices: Sequence[int], size: int | str | None = None):
         "Pictures as a scorer wants them, see its `picture_size`; those of the suite where it wants nothing"
         return self.pictures(indices) if size is None or self.sized is None else self.sized(indices, size)
+
+    def digest(self, index: int, pictures: bool = True) -> str:
+        "16 hex digits over the captions of an item and, unless they play no part, its pictures"
+        seen = b"" if not pictures else repr(self.identity(index)).encode() if self.identity else self.pictures([index]).numpy().tobytes()
+        return hashlib.sha256(json.dumps(self.items[index].captions).encode() + seen).hexdigest()[:16]
 
 # %% ../../nbs/understand/benchmarks.ipynb #fc90a686
 SUITE_SEED = 9_000_000  # added to the suite's seed: training runs use small ones

@@ -12,7 +12,6 @@ import json
 import math
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,16 +26,17 @@ from ..data.images import load_image, to_tensor
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
-from ..paths import atomic_path, cache_dir
+from ..paths import cache_dir
 from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, pretrained_marks, run_bind, winoground_scores
+from .score_store import ScoreStore, file_digest, finish_stored, run_stored, scores_of, weights_mark
 from .scorers import ContrastiveScorer, Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'RULES', 'BENCHMARKS', 'SYMMETRIC', 'BLIND', 'Shot', 'PublishedItem', 'open_original', 'open_shot',
            'read_list', 'Folder', 'Rule', 'Benchmark', 'order_options', 'recognised', 'benchmark_named', 'limited',
            'PublishedSuite', 'load_published', 'item_scores', 'blind_scores', 'macro_interval', 'joint_verdicts',
-           'published_rows', 'ScoreStore', 'item_digest', 'score_batch', 'rows_of', 'run_published', 'rows_from_items',
-           'bind', 'anchored']
+           'published_rows', 'item_digest', 'judge_items', 'rows_of', 'run_published', 'rows_from_items', 'bind',
+           'anchored']
 
 # %% ../../nbs/understand/published.ipynb #2e1b5fb8
 @dataclass(frozen=True)
@@ -523,6 +523,8 @@ class PublishedSuite(Suite):
     benchmark: Benchmark | None = None
     notes: dict[str, str] = field(default_factory=dict)  # what a reader of the table should know
 
+    def digest(self, index: int, pictures: bool = True) -> str: return item_digest(self.items[index], pictures)
+
 def load_published(
     name: str,  # one of `BENCHMARKS`
     root: str | Path,  # the benchmark's folder
@@ -638,63 +640,14 @@ def published_rows(
     sets = joint_verdicts(benchmark, [each[0] for each in kept], [each[1][metrics[0]] for each in kept], [each[2][metrics[0]] for each in kept])
     return rows + [_row(benchmark, scorer, "all", metric, _share([won for won, _ in judged]), len(judged), sum(chance for _, chance in judged) / len(judged)) for metric, judged in sets.items() if judged]
 
-# %% ../../nbs/understand/published.ipynb #bc35fd31
-_COLUMNS = ("suite", "scorer", "fingerprint", "key", "digest", "category", "group", "slot", "place", "captions", "pictures", "scores", "problem")
-
-def _schema():
-    import pyarrow
-    kinds = {"place": pyarrow.int64(), "pictures": pyarrow.int64(), "captions": pyarrow.list_(pyarrow.string()), "scores": pyarrow.list_(pyarrow.float64())}
-    return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in _COLUMNS])
-
-class ScoreStore:
-    "Records of single items in a Parquet file, in parts while a run goes on"
-    def __init__(self,
-        path: str | Path,  # ends in .parquet
-    ):
-        self.path = Path(path).expanduser()
-        if self.path.suffix != ".parquet": raise UserError(f"{self.path} must end in .parquet.")
-        self.parts = self.path.with_name(f"{self.path.name}.parts")
-
-    def read(self) -> list[dict]:
-        "All records: those of the file, then those of parts"
-        return [record for path in (self.path, *sorted(self.parts.glob("[0-9]*.parquet"))) if path.is_file() for record in self._table(path).to_pylist()]
-
-    def about(self) -> dict:
-        "What the last run wrote about itself"
-        return json.loads((self._table(self.path).schema.metadata or {}).get(b"vugen", b"{}"))
-
-    def _table(self, path):
-        import pyarrow, pyarrow.parquet
-        try: table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error: raise UserError(f"{path} is no complete Parquet table of scores: name a file that `vugen bind` wrote, or delete it.") from error
-        if not set(_COLUMNS) <= set(table.column_names): raise UserError(f"{path} lacks the column {next(name for name in _COLUMNS if name not in table.column_names)!r}: name a file of scores that `vugen bind` wrote.")
-        return table
-
-    def _write(self, records, path, about=None):
-        import pyarrow, pyarrow.parquet
-        schema = _schema().with_metadata({"vugen": json.dumps(about)}) if about is not None else _schema()
-        with atomic_path(path) as temporary: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records), schema), temporary)
-
-    def add(self, records: Sequence[dict]) -> None:
-        "Keep these records whatever happens next"
-        number = len(list(self.parts.glob("[0-9]*.parquet"))) if self.parts.is_dir() else 0
-        self._write(records, self.parts / f"{number:06d}.parquet")
-
-    def finish(self, records: Sequence[dict], about: dict) -> None:
-        "All records into the one file; the parts go"
-        self._write(records, self.path, about)
-        shutil.rmtree(self.parts, ignore_errors=True)
-
 # %% ../../nbs/understand/published.ipynb #0198eb22
-def item_digest(item: PublishedItem) -> str:
-    "16 hex digits over captions and pictures of an item"
-    size = lambda path: path.stat().st_size if path.is_file() else -1
-    seen = [item.captions, [(shot.path.name, size(shot.path), shot.box, shot.row, shot.column) for shot in item.shots]]
+def item_digest(
+    item: PublishedItem,
+    pictures: bool = True,  # whether they play a part
+) -> str:  # 16 hex digits
+    "What identifies an item: its captions, the bytes of its pictures' files and what is cut out of them"
+    seen = [item.captions, [(file_digest(shot.path), shot.box, shot.row, shot.column) for shot in item.shots if pictures]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-
-def _record(suite, item, place, scorer, fingerprint, matrix, problem=""):
-    return {"suite": suite.name, "scorer": scorer, "fingerprint": fingerprint, "key": item.key, "digest": item_digest(item), "category": item.category, "group": item.group, "slot": item.slot, "place": place,
-            "captions": list(item.captions), "pictures": RULES[suite.benchmark.rule].pictures, "scores": [] if matrix is None else matrix.flatten().tolist(), "problem": problem}
 
 def _opened(suite, indices, size): # (index, pictures) that open, {index: what is wrong}
     good, bad = [], {}
@@ -703,21 +656,17 @@ def _opened(suite, indices, size): # (index, pictures) that open, {index: what i
         except UserError as error: bad[index] = str(error)
     return good, bad
 
-def score_batch(
+def judge_items(
     suite: PublishedSuite,
     indices: Sequence[int],
     scorer,  # any `Scorer`
-    name: str,  # of the scorer in records
-    fingerprint: str,  # of the scorer
     blind: bool = False,  # captions alone
-) -> list[dict]:  # one record an item
-    "Score some items; one that cannot be opened is recorded with its problem and without scores"
+) -> list[tuple]:  # (index, [I, C] scores or None, problem)
+    "Score some items; one that cannot be opened has a problem and no scores"
     good, bad = ([(index, None) for index in indices], {}) if blind else _opened(suite, indices, getattr(scorer, "picture_size", None))
     captions = [suite.items[index].captions for index, _ in good]
     scores = [] if not good else blind_scores(scorer, captions, RULES[suite.benchmark.rule].pictures) if blind else item_scores(scorer, [pictures for _, pictures in good], captions)
-    for (index, _), matrix in zip(good, scores, strict=True):
-        if np.isnan(matrix).any(): raise UserError(f"scorer {name!r} gave a score that is not a number for item {suite.items[index].key!r} of {suite.name}: check its weights.")
-    return [_record(suite, suite.items[index], index, name, fingerprint, matrix) for (index, _), matrix in zip(good, scores)] + [_record(suite, suite.items[index], index, name, fingerprint, None, why) for index, why in bad.items()]
+    return [(index, matrix, "") for (index, _), matrix in zip(good, scores, strict=True)] + [(index, None, why) for index, why in bad.items()]
 
 # %% ../../nbs/understand/published.ipynb #b678f58a
 def _item_of(record): return PublishedItem(record["category"], record["key"], tuple(record["captions"]), group=record["group"], slot=record["slot"])
@@ -733,7 +682,7 @@ def rows_of(
         good = [record for record in mine if record["scores"]]
         if len(good) < len(mine): notes["damaged pictures"] = f"{len(mine) - len(good)} of {len(mine)} items are left out because a picture cannot be used: {next(record['problem'] for record in mine if not record['scores'])}"
         if not good: raise UserError(f"no picture could be used: {mine[0]['problem'] if mine else 'there is no score'}")
-        rows += published_rows(benchmark_named(mine[0]["suite"]), scorer, [_item_of(record) for record in good], [np.array(record["scores"]).reshape(record["pictures"], -1) for record in good])
+        rows += published_rows(benchmark_named(mine[0]["suite"]), scorer, [_item_of(record) for record in good], [scores_of(record) for record in good])
     return rows, notes
 
 def run_published(
@@ -748,35 +697,16 @@ def run_published(
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
 ) -> dict:  # {"rows": …, "notes": …, "scorers": …}
     "Scores of all items by all scorers, resumed from the store; rows with 95% intervals"
-    before, kept, notes, ran = store.read(), {}, dict(suite.notes), []
-    other = next((record["suite"] for record in before if record["suite"] != suite.name), None)
-    if other: raise UserError(f"{store.path} holds scores of {other}, not of {suite.name}: name another file with --items.")
-    digests = {item.key: item_digest(item) for item in suite.items}
-    for name, scorer in scorers.items():
-        weights, seen = getattr(scorer, "fingerprint", fingerprint), "captions" if blind else getattr(scorer, "picture_size", size)
-        mark = hashlib.sha256(f"{name}/{weights}/{seen}".encode()).hexdigest()[:16]
-        known = {record["key"]: record for record in before if record["scorer"] == name and record["fingerprint"] == mark and digests.get(record["key"]) == record["digest"]}
-        todo = [index for index, item in enumerate(suite.items) if item.key not in known]
-        try:
-            for start in range(0, len(todo), batch_size):
-                made = score_batch(suite, todo[start:start + batch_size], scorer, name, mark, blind)
-                store.add(made)
-                known |= {record["key"]: record for record in made}
-                if progress: progress(name, len(suite) - len(todo) + min(start + batch_size, len(todo)), len(suite))
-        except UserError as error:
-            if not lenient: raise
-            notes[name] = str(error)
-            continue
-        ran.append(name)
-        remark = None if blind or not hasattr(scorer, "remarks") else scorer.remarks([caption for item in suite.items for caption in item.captions])
-        if remark: notes[name] = remark
-        kept |= {(name, item.key): {**known[item.key], "place": place} for place, item in enumerate(suite.items)}
-    if not ran: raise UserError(f"no scorer could read the captions of {suite.benchmark.title}: {next(why for name, why in notes.items() if name in scorers)}")
-    rows, more = rows_of(kept.values(), ran)
-    earlier = {(record["scorer"], record["key"]): record for record in before if (record["scorer"], record["key"]) not in kept}  # scores of other scorers, and beyond the limit, are not thrown away
-    about = {"suite": suite.name, "scorers": ran, "keys": hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16], "items": len(suite), "notes": notes}
-    store.finish([*kept.values(), *({**record, "place": len(suite) + number} for number, record in enumerate(earlier.values()))], about)
-    return {"rows": rows, "notes": {**notes, **more}, "scorers": ran}
+    found, left_out = run_stored(suite, scorers, store, lambda indices, scorer: judge_items(suite, indices, scorer, blind), fingerprint, size, blind, lenient, batch_size, progress)
+    if not found: raise UserError(f"no scorer could read the captions of {suite.benchmark.title}: {next(iter(left_out.values()))}")
+    notes = {**suite.notes, **left_out, **({} if blind else _remarks(suite, {name: scorers[name] for name in found}))}
+    rows, more = rows_of([record for records in found.values() for record in records], list(found))
+    finish_stored(suite, found, store, notes=notes)
+    return {"rows": rows, "notes": {**notes, **more}, "scorers": list(found)}
+
+def _remarks(suite, scorers): # {name: what a scorer says of the captions}
+    said = {name: scorer.remarks([caption for item in suite.items for caption in item.captions]) for name, scorer in scorers.items() if hasattr(scorer, "remarks")}
+    return {name: remark for name, remark in said.items() if remark}
 
 # %% ../../nbs/understand/published.ipynb #38e385d8
 def _scene_rows(path): # rows of the scores that `run_bind` saved for scenes
@@ -794,12 +724,13 @@ def rows_from_items(
 ) -> dict:  # {"run": …, "rows": …}
     "The table of a run again, from its stored scores, without a model"
     path = Path(path).expanduser()
+    if not path.is_file() and path.with_name(f"{path.name}.parts").is_dir(): raise UserError(f"{path} was not finished: run the same `vugen bind` again, it goes on from what is known.")
     if not path.is_file(): raise UserError(f"{path} does not exist: name a file of scores that `vugen bind` wrote.")
-    store = ScoreStore(path)
     if "score_image0_caption0" in _beginning(path).split(): return _scene_rows(path)
+    store = ScoreStore(path)
     about = store.about()
     if not about: raise UserError(f"{path} tells nothing of its run: name a file of scores that a finished `vugen bind` wrote.")
-    rows, notes = rows_of([record for record in store.read() if record["place"] < about["items"] and record["scorer"] in about["scorers"]], about["scorers"])
+    rows, notes = rows_of([record for record in store.finished() if record["place"] < about["items"] and record["scorer"] in about["scorers"]], about["scorers"])
     return {"run": {"command": "bind", "suite": about["suite"], "scorers": about["scorers"], "notes": {**about["notes"], **notes}}, "rows": rows}
 
 # %% ../../nbs/understand/published.ipynb #f5226f43
@@ -834,9 +765,8 @@ def bind(
     if captions_only and seeing: raise UserError(f"scorer {seeing[0]!r} looks at pictures: with captions only choose among {', '.join(BLIND)}.")
     loaded = load_scorers(parts, [name for name in names if not (lenient and name == "caption-only" and not parts.has("vlm"))], device)
     run = run_record(command, seed, parts.root, device, suite=suite, limit=limit, captions_only=captions_only, picture_size=size, **pretrained_marks(loaded))
-    weights = hashlib.sha256(json.dumps([run["checkpoints"], run["versions"].get("vugen")], sort_keys=True).encode()).hexdigest()[:16]
     store = ScoreStore(items or cache_dir() / "bind" / f"{suite}{'-captions' if captions_only else ''}-{_place(root)}.parquet")
-    found = run_published(made, loaded, store, weights, size, captions_only, lenient, progress=progress)
+    found = run_published(made, loaded, store, weights_mark(run), size, captions_only, lenient, progress=progress)
     return {"run": {**run, "scorers": found["scorers"], "items": len(made), "notes": found["notes"]}, "rows": found["rows"], "store": store.path}
 
 def _place(root): return hashlib.sha256(str(Path(root).expanduser().resolve()).encode()).hexdigest()[:8]
