@@ -26,8 +26,7 @@ from ..data.images import load_image, to_tensor
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
-from ..paths import cache_dir
-from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, pretrained_marks, run_bind, winoground_scores
+from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, bind_cache, pretrained_marks, run_bind, stored_results, winoground_scores
 from .score_store import ScoreStore, file_digest, finish_stored, run_stored, scores_of, weights_mark
 from .scorers import ContrastiveScorer, Parts, load_scorers, score_items, scorer_names
 
@@ -709,7 +708,7 @@ def _remarks(suite, scorers): # {name: what a scorer says of the captions}
     return {name: remark for name, remark in said.items() if remark}
 
 # %% ../../nbs/understand/published.ipynb #38e385d8
-def _scene_rows(path): # rows of the scores that `run_bind` saved for scenes
+def _scene_rows(path): # rows of the scores that a `SuiteResult` saved
     import pyarrow.parquet
     records, rows = pyarrow.parquet.read_table(path).to_pylist(), []
     for scorer in dict.fromkeys(record["scorer"] for record in records):
@@ -730,7 +729,9 @@ def rows_from_items(
     store = ScoreStore(path)
     about = store.about()
     if not about: raise UserError(f"{path} tells nothing of its run: name a file of scores that a finished `vugen bind` wrote.")
-    rows, notes = rows_of([record for record in store.finished() if record["place"] < about["items"] and record["scorer"] in about["scorers"]], about["scorers"])
+    records = [record for record in store.finished() if record["place"] < about["items"] and record["scorer"] in about["scorers"]]
+    if about["suite"] in SUITES: rows, notes = [row for result in stored_results(records, about["scorers"]) for row in result.rows()], {}
+    else: rows, notes = rows_of(records, about["scorers"])
     return {"run": {"command": "bind", "suite": about["suite"], "scorers": about["scorers"], "notes": {**about["notes"], **notes}}, "rows": rows}
 
 # %% ../../nbs/understand/published.ipynb #f5226f43
@@ -765,11 +766,9 @@ def bind(
     if captions_only and seeing: raise UserError(f"scorer {seeing[0]!r} looks at pictures: with captions only choose among {', '.join(BLIND)}.")
     loaded = load_scorers(parts, [name for name in names if not (lenient and name == "caption-only" and not parts.has("vlm"))], device)
     run = run_record(command, seed, parts.root, device, suite=suite, limit=limit, captions_only=captions_only, picture_size=size, **pretrained_marks(loaded))
-    store = ScoreStore(items or cache_dir() / "bind" / f"{suite}{'-captions' if captions_only else ''}-{_place(root)}.parquet")
+    store = ScoreStore(items or bind_cache(f"{suite}{'-captions' if captions_only else ''}", root))
     found = run_published(made, loaded, store, weights_mark(run), size, captions_only, lenient, progress=progress)
     return {"run": {**run, "scorers": found["scorers"], "items": len(made), "notes": found["notes"]}, "rows": found["rows"], "store": store.path}
-
-def _place(root): return hashlib.sha256(str(Path(root).expanduser().resolve()).encode()).hexdigest()[:8]
 
 def anchored(
     rows: Iterable[dict],
