@@ -77,7 +77,7 @@ def _records(paths): return [{**_LATER, **record} for path in paths for record i
 def _write(records, path, about=None):
     import pyarrow, pyarrow.parquet
     schema = _schema().with_metadata({"vugen": json.dumps(about)}) if about is not None else _schema()
-    with atomic_path(path) as temporary: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records), schema), temporary)
+    with atomic_path(path) as temporary: pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**_LATER, **record} for record in records], schema), temporary)
 
 # %% ../../nbs/understand/score_store.ipynb #0c13628e
 def _known(record): return record["scorer"], record["fingerprint"], record["key"], record["digest"]
