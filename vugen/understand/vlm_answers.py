@@ -219,13 +219,13 @@ class SeamAnswerer:
         images, text = self._input(question, pictures)
         answers = question.letters if self.by == "letter" and question.kind != "yes/no" else question.options
         begin = self.model.encode([text])[0][0].tolist()
+        ids, mask = self.model.encode([f"{text} {answer.lower() if question.kind == 'yes/no' else answer}" for answer in answers])
+        seen = self.model.logits(None if images is None else images.expand(len(ids), -1, -1, -1), ids, mask).double().log_softmax(-1)
         scores = []
-        for answer in answers: # one by one: no padding, no neighbour
-            ids, mask = self.model.encode([f"{text} {answer.lower() if question.kind == 'yes/no' else answer}"])
-            start = next((place for place, (one, other) in enumerate(zip(ids[0].tolist(), begin)) if one != other), len(begin))
-            if start >= ids.shape[1]: raise UserError(f"the answer {answer!r} adds nothing to the question in the vocabulary of {self.name}")
-            said = self.model.logits(images, ids, mask)[0, start - 1:-1].double().log_softmax(-1)
-            scores.append(said.gather(1, ids[0, start:, None]).sum().item())
+        for row, said, length, answer in zip(ids, seen, mask.sum(1).tolist(), answers):
+            start = next((place for place, (one, other) in enumerate(zip(row.tolist(), begin)) if one != other), len(begin))
+            if start >= length: raise UserError(f"the answer {answer!r} adds nothing to the question in the vocabulary of {self.name}")
+            scores.append(said[start - 1:length - 1].gather(1, row[start:length, None]).sum().item())
         choice = _chosen(scores)
         return Reply(answers[choice] if choice >= 0 else "", tuple(scores), choice)
 

@@ -572,7 +572,7 @@ def question_rows(
     groups = whole_groups(records)
     if not groups: raise UserError(f"no question could be asked{': ' + records[0]['problem'] if records else ''}.")
     rows = {"mme": _mme_rows, "mmbench": _mmbench_rows_of, "mmmu": _mmmu_rows}[records[0]["suite"]](groups, scorer)
-    anchors = lambda row: {who: value for who, (value, _) in ANCHORS.get((row["suite"], row["category"], row["metric"]), {}).items()}
+    anchors = lambda row: {who: value for who, (value, _) in ANCHORS.get((row["suite"], row["category"], row["metric"]), {}).items() if row.get("of", 2000) == 2000}  # a sum over fewer tasks has no anchor
     return [{**row, **({"anchors": anchors(row)} if anchors(row) else {})} for row in rows]
 
 def score_notes(
