@@ -84,8 +84,8 @@ def same_logits(
     most: int = 8,  # questions, taken evenly from the list
     scorer: str = "before → after",
     progress: Callable | None = None,  # called with (name, done, in all)
-) -> list[dict]:  # two long-form rows
-    "On a sample of questions: share with bit-identical logits, and the largest difference"
+) -> list[dict]:  # long-form rows
+    "On a sample of questions: share with bit-identical logits, and the largest difference where the vocabularies are the same"
     if not (hasattr(before, "logits") and hasattr(after, "logits")): raise UserError("logits are compared of two models that compute some: name models before and after, not a rule such as 'frequent'.")
     sample = [questions[place * len(questions) // min(most, len(questions))] for place in range(min(most, len(questions)))]
     equal, largest, seen = 0, 0.0, 0
@@ -94,12 +94,12 @@ def same_logits(
         except UserError: continue  # named among the questions that cannot be asked
         alike = one.shape == other.shape
         equal, seen = equal + (alike and torch.equal(one, other)), seen + 1
-        largest = max(largest, (one.double() - other.double()).abs().max().item() if alike else math.inf)
+        largest = max(largest, (one.double() - other.double()).abs().max().item()) if alike and largest is not None else None
         if progress: progress("logits", number, len(sample))
     if not seen: raise UserError("no question of the sample can be asked of both models, so their logits cannot be compared.")
     value, low, high, n = wilson(equal, seen)
     common = {"scorer": scorer, "suite": questions[0].suite, "category": "sample", "n": n, "chance": None}
-    return [{**common, "metric": "logits bit-identical", "value": value, "low": low, "high": high}, {**common, "metric": "largest logit difference", "value": largest, "low": None, "high": None}]
+    return [{**common, "metric": "logits bit-identical", "value": value, "low": low, "high": high}, *([] if largest is None else [{**common, "metric": "largest logit difference", "value": largest, "low": None, "high": None}])]
 
 # %% ../../nbs/understand/preservation.ipynb #c3759393
 @contextmanager

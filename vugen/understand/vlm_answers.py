@@ -192,7 +192,10 @@ def spoken(
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else answerer.processor.tokenizer.eos_token_id
     config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends, bos_token_id=own.bos_token_id, pad_token_id=answerer.listener.filler)
-    with quiet_transformers(): ids = model.generate(**answerer.listener._moved(inputs), generation_config=config)
+    try:
+        model.generation_config = config  # `generate` would fill what is not set from the checkpoint's own
+        with quiet_transformers(): ids = model.generate(**answerer.listener._moved(inputs), generation_config=config)
+    finally: model.generation_config = own
     return answerer.processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
 
 # %% ../../nbs/understand/vlm_answers.ipynb #bb42d713

@@ -26,9 +26,9 @@ from .published import SUFFIXES, Shot, macro_interval, open_original, read_list
 
 # %% auto #0
 __all__ = ['MME_TASKS', 'MMMU_SUBJECTS', 'ANCHORS', 'READERS', 'TITLES', 'Question', 'open_picture', 'QuestionSet', 'Sieve',
-           'read_mme', 'read_yes_no', 'wide_fields', 'read_tsv', 'decode_base64', 'rotated', 'read_mmbench',
-           'read_letter', 'literal_list', 'read_mmmu', 'read_choice', 'drawn', 'normal_forms', 'read_open',
-           'open_right', 'Verdict', 'judge', 'record_of', 'whole_groups', 'question_rows', 'score_notes',
+           'read_mme', 'read_yes_no', 'wide_fields', 'read_tsv', 'read_parquet', 'decode_base64', 'rotated',
+           'read_mmbench', 'read_letter', 'literal_list', 'read_mmmu', 'read_choice', 'drawn', 'normal_forms',
+           'read_open', 'open_right', 'Verdict', 'judge', 'record_of', 'whole_groups', 'question_rows', 'score_notes',
            'read_questions']
 
 # %% ../../nbs/understand/vlm_benchmarks.ipynb #21bb4dbd
@@ -199,6 +199,28 @@ def _word(row, name): # text of a field; "nan" stands for nothing in tables that
     text = "" if value is None else str(value).strip()
     return "" if text == "nan" else text
 
+# %% ../../nbs/understand/vlm_benchmarks.ipynb #e184a7e6
+def _has_picture(table, column): # of each row whether there is a picture, without reading its bytes
+    import pyarrow.types
+    kind = table.schema_arrow.field(column).type
+    inner = f"{column}.path" if pyarrow.types.is_struct(kind) and any(kind.field(place).name == "path" for place in range(kind.num_fields)) else column
+    return table.read(columns=[inner])[column].is_valid().to_pylist()
+
+def read_parquet(
+    path: Path,
+    wants: str,  # the format in words, for messages
+) -> list[tuple[str, dict]]:  # where (for messages), row with pictures as `Shot`, none where there is none
+    "Rows of a table whose columns image or image_1, image_2, … hold pictures; one that holds text is text"
+    import pyarrow, pyarrow.parquet, pyarrow.types
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        textual = [name for name in names if pyarrow.types.is_string(kind := table.schema_arrow.field(name).type) or pyarrow.types.is_large_string(kind)]
+        pictures = {name: _has_picture(table, name) for name in names if re.fullmatch(r"image(_\d)?", name) and name not in textual}
+        rows = table.read(columns=[name for name in names if name not in pictures]).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error: raise _unlike(path, " is no complete Parquet table", wants) from error
+    return [(f"{path}, row {number}", {**row, **{name: Shot(path, row=number, column=name) if pictures[name][number] else None for name in pictures}}) for number, row in enumerate(rows)]
+
 # %% ../../nbs/understand/vlm_benchmarks.ipynb #f80b61b2
 _MMBENCH = "a TSV with the columns index, question, A, B, (C, D, hint,) answer, category, l2-category and image (base64, or the index of the row that holds it), or the same as a Parquet table"
 
@@ -229,8 +251,7 @@ def _shared_pictures(rows, sieve): # index → picture; short texts name another
 # %% ../../nbs/understand/vlm_benchmarks.ipynb #2faed443
 def _mmbench_rows(path): # (where, row) with pictures of Parquet tables as `Shot`
     if path.suffix != ".parquet": return [(where, _lower(row) | ({"": None} if None in row else {})) for where, _, row in read_tsv(path, _MMBENCH)]
-    rows = [(where, _lower(row)) for where, _, row in read_list(path, _MMBENCH)]
-    return [(where, row if "image" in row else {**row, "image": Shot(path, row=number, column="image")}) for number, (where, row) in enumerate(rows)]
+    return [(where, _lower(row)) for where, row in read_parquet(path, _MMBENCH)]
 
 def _mmbench_files(source): # the tables of one split
     if source.is_file(): return [source]
@@ -343,23 +364,7 @@ def _mmmu_files(source): # the tables of one split, and those that are left
     chosen = next((name for name in ("validation", "", "dev", "test") if any(split(path) == name for path in paths)))
     return [path for path in paths if split(path) == chosen], [path for path in paths if split(path) != chosen]
 
-# %% ../../nbs/understand/vlm_benchmarks.ipynb #e184a7e6
-def _has_picture(table, column): # of each row whether there is a picture, without reading its bytes
-    import pyarrow.types
-    kind = table.schema_arrow.field(column).type
-    inner = f"{column}.path" if pyarrow.types.is_struct(kind) and any(kind.field(place).name == "path" for place in range(kind.num_fields)) else column
-    return table.read(columns=[inner])[column].is_valid().to_pylist()
-
-def _parquet_questions(path): # rows with pictures as `Shot`; their bytes stay in the file
-    import pyarrow, pyarrow.parquet
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        pictures = {name: _has_picture(table, name) for name in names if re.fullmatch(r"image_\d", name)}
-        rows = table.read(columns=[name for name in names if name not in pictures]).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error: raise _unlike(path, " is no complete Parquet table", _MMMU) from error
-    return [(f"{path}, row {number}", {**row, **{name: Shot(path, row=number, column=name) for name in pictures if pictures[name][number]}}) for number, row in enumerate(rows)]
-
+# %% ../../nbs/understand/vlm_benchmarks.ipynb #6a34250b
 def _json_picture(value, folder): # a file's name, base64, or {"bytes": …, "path": …}
     if isinstance(value, dict): value = value.get("bytes") or value.get("path")
     if value is None or isinstance(value, Shot): return value
@@ -398,7 +403,7 @@ def read_mmmu(
     source, sieve = Path(source).expanduser(), Sieve(_MMMU)
     paths, others = _mmmu_files(source)
     for path in paths:
-        rows = _parquet_questions(path) if path.suffix == ".parquet" else [(where, row) for where, _, row in read_list(path, _MMMU)]
+        rows = read_parquet(path, _MMMU) if path.suffix == ".parquet" else [(where, row) for where, _, row in read_list(path, _MMMU)]
         for name in ("id", "question", "answer"):
             if rows and not any(isinstance(row, dict) and name in row for _, row in rows): raise _unlike(path, f" has no column {name!r}", _MMMU)
         for where, row in rows:
@@ -428,7 +433,7 @@ def drawn(
 
 # %% ../../nbs/understand/vlm_benchmarks.ipynb #9b8afab3
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")  # with commas, with an exponent, plain
+_GROUPED, _POWER, _PLAIN = r"\b\d{1,3}(?:,\d{3})+\b", r"\d+(?:\.\d+)?e[+-]?\d+", r"(?:\d*\.\d+|\d+\b)(?!e[+-]?\d+|[,\d])"  # 1,200; 1.2e3; 1200.0
 
 def normal_forms(
     text: str,
@@ -450,7 +455,7 @@ def read_open(
         for tail in (sentence.split(key)[-1].strip() for key in keys if key in sentence): shortest = tail if not shortest or len(tail) < len(shortest) else shortest
         if shortest and shortest not in tuple(":,.!?;'"): found.append(shortest)
     found = found or [text]
-    numbers = [number for part in found for pattern in _NUMBERS for number in re.findall(pattern, part)]
+    numbers = [number for part in found for pattern in (_GROUPED, _POWER, _PLAIN) for number in re.findall(f"-?{pattern}", part)]
     return list(dict.fromkeys(form for part in (*found, *numbers) for form in normal_forms(part)))
 
 def open_right(
