@@ -19,7 +19,7 @@ from .terminal import Counter, check_number, check_target, pick_device, pictures
 __all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
-SUITES = {}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
+SUITES = {"mme": "evaluate_vlm:run_mme", "mmbench": "evaluate_vlm:run_mmbench", "mmmu": "evaluate_vlm:run_mmmu"}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
 
 
 @dataclass

@@ -391,21 +391,29 @@ class Conversation:
         if not raw and not processor.chat_template: raise UserError("the checkpoint has no chat template: copy chat_template.jinja beside its weights, or pass raw, such as 'USER: <image> {question} ASSISTANT: '.")
         if raw and "{question}" not in raw: raise UserError(f"raw is {raw[:60]!r}: write {{question}} where the question belongs.")
 
-    def text(self, question: str, answer: str, seen: bool = True) -> str:
-        "The whole conversation, ending in the answer"
-        if self.raw: return (self.raw if seen else self.raw.replace(getattr(self.processor, "image_token", "<image>"), "")).replace("{question}", question) + answer
-        asked = [{"type": "image"}] * seen + [{"type": "text", "text": question}]
+    def text(self, question: str | Sequence[str | None], answer: str, seen: bool = True) -> str:
+        "The whole conversation, ending in the answer; in a question of several parts None stands for a picture"
+        parts = [None] * seen + [question] if isinstance(question, str) else list(question)
+        if self.raw: return self.raw_text(parts) + answer
+        asked = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         with _speaking(lambda why: f"the checkpoint's chat template cannot write a question about a picture ({why}): pass raw instead."): text = self.processor.apply_chat_template(turns, continue_final_message=True)
         if not text.endswith(answer): raise UserError(f"the chat template rewrites the answer {answer[:40]!r}: pass raw instead.")
         return text
 
-    def row(self, question: str, answer: str, picture: Image.Image | None = None) -> tuple[Row, dict]: # the row, and what the model is told of the picture
+    def raw_text(self, parts: Sequence[str | None]) -> str:
+        "`raw` with a question in it: a picture in front stands where `raw` has it, others where they are asked about"
+        token = getattr(self.processor, "image_token", "<image>")
+        if parts.count(None) == 1 and parts[0] is None: return self.raw.replace("{question}", "".join(parts[1:]))
+        return self.raw.replace(token, "").replace("{question}", "".join(token if part is None else part for part in parts))
+
+    def row(self, question: str | Sequence[str | None], answer: str, picture: Image.Image | Sequence[Image.Image] | None = None) -> tuple[Row, dict]: # the row, and what the model is told of the pictures
         "Token ids of a conversation"
-        text = self.text(question, answer, picture is not None)
+        pictures = [] if picture is None else [picture] if isinstance(picture, Image.Image) else list(picture)
+        text = self.text(question, answer, bool(pictures))
         bos = self.tokenizer.bos_token
-        shown = {} if picture is None else {"images": [picture]}
-        with _speaking(lambda why: f"the processor cannot read {'a picture of {}×{} pixels'.format(*picture.size) if picture else 'a question'} ({why}): leave it out."):
+        shown = {"images": pictures} if pictures else {}
+        with _speaking(lambda why: f"the processor cannot read {' and '.join('a picture of {}×{} pixels'.format(*each.size) for each in pictures) or 'a question'} ({why}): leave it out."):
             found = dict(self.processor(text=[text], **shown, add_special_tokens=not (bos and text.startswith(bos)), return_tensors="pt"))
         ids = found.pop("input_ids")
         whole, before = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text[:len(text) - len(answer)]))
