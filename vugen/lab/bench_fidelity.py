@@ -45,11 +45,11 @@ def child(kind: str, pictures: int, width: int, threads: int):  # ours, prdc or 
     import prdc, vugen.evaluate.manifolds as manifolds
     torch.set_num_threads(threads)
     real, fake = draw_features(pictures if kind != "nothing" else 8, width)
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         if kind == "prdc": scores = {name: float(value) for name, value in prdc.compute_prdc(real, fake, NEAREST).items()}
         else: scores = {name: found.value for name, found in manifolds.manifold_scores(fake, real, NEAREST).items()}
-    print(json.dumps({"seconds": time.perf_counter() - start, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "scores": scores}))
+    print(json.dumps({"seconds": time.perf_counter() - start, "processor": time.process_time() - spent, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "scores": scores}))
 
 
 def in_child(kind: str, pictures: int, width: int = WIDTH, threads: int = 1) -> dict:  # ours, prdc or nothing; {seconds, peak in bytes, scores}, or {reason}
@@ -62,7 +62,7 @@ def in_child(kind: str, pictures: int, width: int = WIDTH, threads: int = 1) -> 
     if done.returncode: return {"reason": f"the process ended with code {done.returncode}" + (", as it does where memory runs out" if done.returncode == -9 else f" ({' '.join(done.stderr.split())[-120:]})")}
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/lab/bench_fidelity.ipynb #4707d5d0
+# %% ../../nbs/lab/bench_fidelity.ipynb #f969c2fe
 def fidelity_rows(pictures: int, found: dict, base: float, width: int = WIDTH) -> list[dict]:  # {"ours": …, "prdc": … or {"reason"}}; bytes of a process that only imports
     "Long rows of one size; the ratio says how many times as fast, or how many times less memory"
     rows = []
@@ -72,7 +72,8 @@ def fidelity_rows(pictures: int, found: dict, base: float, width: int = WIDTH) -
         other = found.get("prdc", {"reason": ""})
         compared = kind == "ours" and "reason" not in other
         peak = {name: max(1.0, value["peak"] - base) for name, value in found.items() if "peak" in value}
-        rows.append({"case": case, "metric": "seconds", "value": each["seconds"], "unit": "s", "ratio_to": {"prdc": round(other["seconds"] / each["seconds"], 3)} if compared else None, **same})
+        for metric, key in (("seconds", "seconds"), ("processor seconds", "processor")):
+            rows.append({"case": case, "metric": metric, "value": each[key], "unit": "s", "ratio_to": {"prdc": round(other[key] / each[key], 3)} if compared else None, **same})
         rows.append({"case": case, "metric": "peak memory", "value": peak[kind] / 2**20, "unit": "MiB", "ratio_to": {"prdc": round(peak["prdc"] / peak[kind], 3)} if compared else None, **same})
         if compared: rows.append({"case": case, "metric": "largest difference", "value": max(abs(each["scores"][name] - value) for name, value in other["scores"].items()), "unit": "1", "ratio_to": None, **same})
         rows += [{"case": case, "metric": name, "value": value, "unit": "1", "ratio_to": None, **same} for name, value in each["scores"].items()]
@@ -91,15 +92,15 @@ def bench_fidelity(sizes=SIZES, threads: int = 1, most_gib: float = MOST_GIB, pr
         if progress: progress("bench fidelity", done, len(sizes))
     return rows
 
-# %% ../../nbs/lab/bench_fidelity.ipynb #2fb0b1a5
+# %% ../../nbs/lab/bench_fidelity.ipynb #f59184f1
 def wide(rows: list[dict]) -> list[dict]:  # of `bench_fidelity`
     "One row a size and way for the eye"
     lines = {}
     for row in rows:
         line = lines.setdefault((row["pictures"], row["kind"]), {"pictures": f"{row['pictures']:,}", "by": row["kind"]})
-        if row["metric"] in ("seconds", "peak memory"):
+        if row["metric"] in ("seconds", "processor seconds", "peak memory"):
             line[f"{row['metric']}{', MiB' if 'memory' in row['metric'] else ''}"] = "not measured" if row["value"] is None else row["value"]
-            if row["ratio_to"]: line["times as fast" if row["metric"] == "seconds" else "times less memory"] = row["ratio_to"]["prdc"]
+            if row["ratio_to"]: line[{"seconds": "× prdc", "processor seconds": "× prdc, processor", "peak memory": "× less memory"}[row["metric"]]] = row["ratio_to"]["prdc"]
         elif row["metric"] in ("density", "coverage", "largest difference"): line[row["metric"]] = row["value"]
     columns = list(dict.fromkeys(name for line in lines.values() for name in line))
     return [{name: line.get(name) for name in columns} for line in lines.values()]
