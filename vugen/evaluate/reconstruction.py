@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.images import load_image, psnr
+from ..data.images import load_image
 from ..errors import UserError
 from .features import picture_files, to_pixels
 from .intervals import Estimate, bootstrap_mean
@@ -21,7 +21,7 @@ def ssim(
     images: torch.Tensor,  # [B, 3, H, W] in [0, 1]
     originals: torch.Tensor,  # [B, 3, H, W] in [0, 1]
 ) -> torch.Tensor:  # [B], at most 1
-    "Structural similarity of each picture (Wang et al., 2004): Gaussian window of 11 pixels, deviation 1.5, mean over colours; by torchmetrics"
+    "Structural similarity of each picture (Wang et al., 2004): Gaussian window of 11 pixels, deviation 1.5, mean over colours; by torchmetrics, which mirrors the borders"
     from torchmetrics.functional.image import structural_similarity_index_measure
     if min(images.shape[-2:]) < 11: raise UserError(f"pictures of {images.shape[-1]}×{images.shape[-2]} pixels are smaller than SSIM's window: give at least 11×11.")
     return structural_similarity_index_measure(images, originals, data_range=1.0, reduction="none").reshape(-1)

@@ -15,7 +15,7 @@ from .fidelity import FrechetTo, frechet_estimate, infinite_estimate
 from .intervals import Estimate
 from .kernels import cmmd, kernel_distance, subset_kid
 from .manifolds import manifold_scores
-from .reference import ReferenceStatistics, moments
+from .reference import ReferenceStatistics
 
 # %% ../../nbs/evaluate/scores.ipynb #99fd5a8e
 SET_METRICS = ("fid", "kid", "density", "coverage", "precision", "recall", "cmmd")  # of a set against a reference
@@ -70,11 +70,12 @@ def score_rows(
     reference: ReferenceStatistics,
     extractor: Extractor,  # of both
     metrics,  # of `SET_METRICS`, or rfid for sets of pairs
-    options: ScoreOptions = ScoreOptions(),
+    options: ScoreOptions | None = None,  # default those of the class
     progress: Callable | None = None,  # called with (what, done, of how many)
 ) -> tuple[list[dict], dict[str, str]]:  # long rows, and notes
     "Every metric of a set; refuses a reference of another extractor and one that lacks what a metric needs"
     reference.check(extractor)
+    options = options or ScoreOptions()
     told = lambda what: None if progress is None else progress if what is None else lambda done, total: progress(what, done, total)
     for metric in metrics:
         if metric not in ("fid", "rfid"): reference.need_features(score_name(metric, extractor))
