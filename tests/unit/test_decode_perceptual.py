@@ -208,3 +208,20 @@ def test_dinov2_b_out_of_reach_is_one_sentence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match="facebook/dinov2-base is neither a folder here nor a hub model that can be reached") as told: alignment_encoder("dinov2-b", 4)
     assert asked == ["facebook/dinov2-base"] and "\n" not in str(told.value)
+
+
+def test_lpips_on_alexnet_equals_torchmetrics(tmp_path, monkeypatch):
+    "torchmetrics' own LPIPS and linear weights, on an AlexNet with random weights in the place of torchvision's."
+    from torchmetrics.functional.image import lpips as theirs
+    from vugen.decode.perceptual import LPIPSAlex
+    torch.manual_seed(0)
+    trunk, _ = LPIPSAlex.layers()
+    save_file({f"features.{name}": value for name, value in trunk.state_dict().items()}, tmp_path / "alexnet.safetensors")
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda name, pretrained=False: trunk)
+    judge, ours = theirs._LPIPS(net="alex"), build_perceptual(f"lpips-alex:{tmp_path}")
+    first, second = torch.rand(2, 3, 70, 64), torch.rand(2, 3, 70, 64)
+    with torch.no_grad(): expected, found = judge(first, second, normalize=True).flatten(), ours(first, second)
+    assert ours.name == "LPIPS-AlexNet" and expected.min() > 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    (tmp_path / "alexnet.safetensors").unlink(), save_file({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / "part.safetensors")
+    with pytest.raises(UserError, match="lacks features.0.bias of LPIPS-AlexNet"): build_perceptual(f"lpips-alex:{tmp_path}")

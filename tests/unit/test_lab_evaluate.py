@@ -1,11 +1,16 @@
 "What `vugen evaluate` measures beside the pictures that it is given."
 import json
+import pickle
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from vugen.data.scenes import World
 from vugen.evaluate import scene_parser
 from vugen.lab import evaluate
+from vugen.lab.cli import main
 
 
 class Parser:
@@ -23,3 +28,68 @@ def test_the_parser_is_judged_on_what_is_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "read_images", lambda paths, size, progress=None: torch.zeros(len(paths), 3, size, size))
     evaluate.prompt_rows(tmp_path, {"one.png": "a red circle"}, tmp_path, "cpu")
     assert asked == [World(held_out=("red circle",), split="test")]
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    for name, count, spread in (("real", 30, 200), ("drawn", 24, 150)):
+        (tmp_path / name).mkdir()
+        for place in range(count): Image.fromarray(random.integers(0, spread, (40, 36, 3), dtype=np.uint8)).save(tmp_path / name / f"{place}.png")
+    return tmp_path
+
+
+def call(*words):
+    with pytest.raises(SystemExit) as end: main([str(word) for word in words])
+    return end.value.code
+
+
+def rows_of(path): return json.loads(path.read_text())["rows"]
+
+
+def test_a_folder_against_a_folder_and_against_its_statistics(folders, capsys):
+    (folders / "drawn" / "torn.png").write_bytes(b"\x89PNG\r\n")
+    options = ["--extractor", "efficientnet:32", "--subsets", 3, "--no-intervals"]
+    sets = ["--metrics", "fid", "kid", "density", "coverage", "precision", "recall", "cmmd"]
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", *sets, *options, "--save-statistics", folders / "real.safetensors", "--keep-features", "--json", folders / "one.json") == 0
+    first = rows_of(folders / "one.json")
+    assert "1 of 25 pictures" in capsys.readouterr().out and {row["n"] for row in first if row["metric"].startswith(("Fréchet", "kernel", "density"))} == {24}
+    assert all(row["extractor"] in row["metric"] and row["images"] == "drawn" and row["n_reference"] == 30 for row in first)
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real.safetensors", *sets, *options, "--json", folders / "two.json") == 0
+    assert [row["value"] for row in rows_of(folders / "two.json")] == pytest.approx([row["value"] for row in first], rel=1e-9)
+    assert str(folders) not in (folders / "one.json").read_text().replace(str(folders / "drawn" / "torn.png"), "")
+
+
+def test_reconstructions(folders, capsys):
+    Image.new("RGB", (9, 9)).save(folders / "drawn" / "29.png")
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "rfid", "psnr", "ssim", "lpips", "--extractor", "efficientnet:32", "--json", folders / "rows.json") == 0
+    found = {row["metric"]: row for row in rows_of(folders / "rows.json")}
+    assert found["PSNR"]["n"] == 24 and found["reconstruction Fréchet-EfficientNet-Lite0"]["n_reference"] == 25 and "EfficientNet-Lite0 feature distance" in found and "LPIPS" not in "".join(found)
+    assert "1 pairs" in (told := capsys.readouterr().out) and "29.png has 9×9" in told
+
+
+def test_only_statistics(folders):
+    assert call("evaluate", "--reference", folders / "real", "--extractor", "efficientnet:32", "--save-statistics", folders / "s.safetensors") == 0
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "s.safetensors", "--extractor", "efficientnet:32", "--metrics", "fid", "--no-intervals") == 0
+
+
+@pytest.mark.parametrize("words,told", [
+    ("--images {0}/drawn --metrics fid", "--reference"), ("--images {0}/drawn --reference {0}/real --metrics soup", "soup"), ("--reference {0}/real --metrics fid", "--images"),
+    ("--images {0}/empty --reference {0}/real --metrics fid", "holds no pictures"), ("--images {0}/drawn --reference {0}/real --metrics density --k 24", "k is 24"),
+    ("--images {0}/drawn --reference {0}/real --metrics fid --extractor soup", "soup"), ("--images {0}/drawn --reference {0}/real --metrics density --k 0", "--k"),
+    ("--images {0}/drawn --reference {0}/torn --metrics fid", "truncated"), ("--images {0}/drawn --reference {0}/pickle --metrics fid", "truncated"), ("--images {0}/drawn --reference {0}/none --metrics fid", "none"),
+    ("--images {0}/drawn --reference {0}/s.safetensors --metrics kid", "--keep-features"), ("--images {0}/drawn --reference {0}/s.safetensors --metrics fid --extractor efficientnet:64", "same extractor"),
+    ("--images {0}/one --reference {0}/real --metrics fid", "at least 2"), ("--images {0}/drawn --reference {0}/real --metrics psnr --suite soup", "soup"), ("{0}/drawn --images {0}/drawn --reference {0}/real", "two folders")])
+def test_what_cannot_be_measured_is_one_sentence(folders, words, told, capsys):
+    for name in ("empty", "one"): (folders / name).mkdir()
+    Image.new("RGB", (40, 36)).save(folders / "one" / "0.png")
+    assert call("evaluate", "--reference", folders / "real", "--extractor", "efficientnet:32", "--save-statistics", folders / "s.safetensors") == 0
+    (folders / "torn").write_bytes((folders / "s.safetensors").read_bytes()[:999])
+    (folders / "pickle").write_bytes(pickle.dumps({"mean": 1}))
+    capsys.readouterr()
+    words = words.format(folders).split()
+    if "--extractor" not in words: words += ["--extractor", "efficientnet:32"]
+    assert call("evaluate", *words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vugen evaluate: ") and told in error and "Traceback" not in error

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['VGG16', 'ENCODERS', 'unit_channels', 'feature_distance', 'EfficientNetPerceptual', 'vgg16_layers', 'vgg16_taps',
-           'read_state', 'lpips_name', 'lpips_weights', 'LPIPSVGG', 'LPIPSPerceptual', 'build_perceptual',
-           'tokens_to_grid', 'spatial_normalise', 'GridConvolution', 'FeatureAlignment', 'alignment_encoder']
+           'read_state', 'lpips_name', 'lpips_weights', 'packaged_linears', 'LPIPSVGG', 'LPIPSAlex', 'LPIPSPerceptual',
+           'build_perceptual', 'tokens_to_grid', 'spatial_normalise', 'GridConvolution', 'FeatureAlignment',
+           'alignment_encoder']
 
 # %% ../../nbs/decode/perceptual.ipynb #b5bcea60
+import importlib.util
 import re
 from pathlib import Path
 
@@ -88,34 +90,47 @@ def lpips_name(name: str) -> str:
 
 # %% ../../nbs/decode/perceptual.ipynb #b546fc70
 def lpips_weights(source: str | Path) -> dict:  # a file, or a folder of files
-    "All weights of LPIPS on VGG16 that the files hold, under our names."
+    "All weights of LPIPS that the files hold, under our names."
     source = Path(source).expanduser()
-    if not source.exists(): raise UserError(f"{source} does not exist: name a file or folder with the weights of VGG16 and of LPIPS, or choose perceptual = \"efficientnet\".")
+    if not source.exists(): raise UserError(f"{source} does not exist: name a file or folder with the weights of LPIPS and of its network, or choose perceptual = \"efficientnet\".")
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix in (".safetensors", ".pth", ".pt", ".bin"))
     tensors = {name: value for path in files for name, value in read_state(path).items()}
     return {lpips_name(name): value.float() for name, value in tensors.items() if lpips_name(name)}
 
+# %% ../../nbs/decode/perceptual.ipynb #b546fc71
+def packaged_linears(trunk: str) -> dict:  # "vgg" or "alex"
+    "The linear weights of LPIPS 0.1 that the package torchmetrics carries, read without importing it; empty where it is not installed."
+    spec = importlib.util.find_spec("torchmetrics")
+    path = Path(spec.origin).parent / f"functional/image/lpips_models/{trunk}.pth" if spec and spec.origin else None
+    return {lpips_name(name): value.float() for name, value in read_state(path).items() if lpips_name(name)} if path and path.is_file() else {}
+
 # %% ../../nbs/decode/perceptual.ipynb #ec5fcf4d
 class LPIPSVGG(nn.Module):
     "LPIPS on VGG16, version 0.1 (Zhang et al., 2018), from weights that the user names; frozen, differentiable in both pictures."
-    name = "LPIPS-VGG"
+    name, trunk = "LPIPS-VGG", "vgg"
 
     def __init__(self):
         super().__init__()
-        self.features, self.taps = vgg16_layers(), vgg16_taps()
+        self.features, self.taps = self.layers()
         widths = [self.features[tap - 1].out_channels for tap in self.taps]
         self.linears = nn.ParameterList(torch.full((1, width, 1, 1), 1 / width) for width in widths)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
         self.requires_grad_(False).eval()
 
+    @staticmethod
+    def layers():
+        "The trunk and the numbers of the layers that are read."
+        return vgg16_layers(), vgg16_taps()
+
     @classmethod
-    def from_weights(cls, source: str | Path):  # a file, or a folder of files
+    def from_weights(cls, source: str | Path,  # a file, or a folder of files
+                     packaged: bool = False):  # take the linear weights out of the package torchmetrics where the files have none
         "Load published weights strictly: the first one that is missing or of another shape is named."
         with torch.device("meta"): wanted = cls().state_dict()
-        found, model = lpips_weights(source), cls()
+        found, model = {**(packaged_linears(cls.trunk) if packaged else {}), **lpips_weights(source)}, cls()
         wrong = [name for name, value in wanted.items() if name not in found or found[name].shape != value.shape]
-        if wrong: raise UserError(f"{source} lacks {wrong[0]} of LPIPS-VGG in its published shape: put torchvision's VGG16 (features.0.weight, …) and the linear weights of lpips (lin0.model.1.weight, …) there.")
+        if wrong: raise UserError(f"{source} lacks {wrong[0]} of {cls.name} in its published shape: put torchvision's {'VGG16' if cls.trunk == 'vgg' else 'AlexNet'} (features.0.weight, …) and the linear weights of lpips (lin0.model.1.weight, …) there.")
         model.load_state_dict(found, strict=False)
         return model
 
@@ -133,6 +148,18 @@ class LPIPSVGG(nn.Module):
         "Distance [B] between pictures [B,3,H,W] in [0,1]; 0 for equal ones."
         layers = [(weight * (a - b).square()).sum(1).mean((1, 2)) for weight, a, b in zip(self.linears, self.maps(first), self.maps(second))]
         return torch.stack(layers).sum(0)
+
+# %% ../../nbs/decode/perceptual.ipynb #ec5fcf51
+class LPIPSAlex(LPIPSVGG):
+    "LPIPS on AlexNet, version 0.1 (Zhang et al., 2018), from weights that the user names; frozen, differentiable in both pictures."
+    name, trunk = "LPIPS-AlexNet", "alex"
+
+    @staticmethod
+    def layers():
+        "The convolutions of AlexNet, numbered as torchvision numbers them (Krizhevsky, 2014), each read after its rectifier."
+        layers = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+        for width, channels in ((192, 384), (384, 256), (256, 256)): layers += [nn.Conv2d(width, channels, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers), [number for number, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
 
 # %% ../../nbs/decode/perceptual.ipynb #45d5beb8
 class LPIPSPerceptual(nn.Module):
@@ -159,15 +186,16 @@ class LPIPSPerceptual(nn.Module):
         return self.model(first.float() * 2 - 1, second.float() * 2 - 1).flatten()
 
 # %% ../../nbs/decode/perceptual.ipynb #4d3ebdb5
-def build_perceptual(name: str | None,  # "efficientnet", "lpips-vgg:FOLDER" (its weights), "lpips-vgg", "lpips-alex" (the package lpips) or None
+def build_perceptual(name: str | None,  # "efficientnet", "lpips-vgg:FOLDER", "lpips-alex:FOLDER" (weights), "lpips-vgg", "lpips-alex" (the package lpips) or None
                      image_size: int = 64,  # least side for EfficientNet
                      ) -> nn.Module | None:
     "The perceptual distance of that name, frozen; None for none."
     if not name or name == "none": return None
     if name == "efficientnet": return EfficientNetPerceptual(image_size)
-    if name.startswith("lpips-vgg:"): return LPIPSVGG.from_weights(name.removeprefix("lpips-vgg:"))
+    for kind, network in (("lpips-vgg:", LPIPSVGG), ("lpips-alex:", LPIPSAlex)):
+        if name.startswith(kind): return network.from_weights(name.removeprefix(kind), packaged=True)
     if name.startswith("lpips-"): return LPIPSPerceptual(name.removeprefix("lpips-"))
-    raise UserError(f"There is no perceptual distance {name!r}: choose efficientnet, lpips-vgg:FOLDER, lpips-vgg, lpips-alex or none.")
+    raise UserError(f"There is no perceptual distance {name!r}: choose efficientnet, lpips-vgg:FOLDER, lpips-alex:FOLDER, lpips-vgg, lpips-alex or none.")
 
 # %% ../../nbs/decode/perceptual.ipynb #273a6913
 def tokens_to_grid(patches,  # `Patches` of a frozen encoder

@@ -412,8 +412,8 @@ def show_bench(rows: list):
     for why, cases in missing.items(): print(f"\n{why[0].upper()}{why[1:]}."); print("\n".join(f"  {case}" for case in cases))
 
 # %% ../../nbs/lab/bench.ipynb #6c903c89
-BENCHES = ("scenes", "decoder", "generator", "classifier", "retrieval")
-ELSEWHERE = {"retrieval": "bench_retrieval:run_bench"}  # benches with a module of their own: called with the verb and the command
+BENCHES = ("scenes", "decoder", "generator", "classifier", "retrieval", "fidelity")
+ELSEWHERE = {"retrieval": "bench_retrieval:run_bench", "fidelity": "bench_fidelity:run_bench"}  # benches with a module of their own: called with the verb and the command
 GPU_SIZES = {"decoder": "M", "generator": "1B"}
 STEPS = {"decoder": (1, 8), "generator": (8,)}
 
@@ -421,10 +421,10 @@ STEPS = {"decoder": (1, 8), "generator": (8,)}
 @dataclass
 class Bench:
     "Measure speed on this machine; of the classifier: accuracy against network calls."
-    name: str  # scenes, decoder, generator, classifier or retrieval
+    name: str  # scenes, decoder, generator, classifier, retrieval or fidelity
     seconds: float = 3.0  # of measuring, each case
     json: Optional[Path] = None  # file for the rows; - prints them
-    size: Optional[str] = None  # tiny, small; decoder also S, B, M, L, XL, H at 256 pixels, generator also 1B; default tiny, on a GPU M and 1B; retrieval: numbers of captions with commas between
+    size: Optional[str] = None  # tiny, small; decoder also S, B, M, L, XL, H at 256 pixels, generator also 1B; default tiny, on a GPU M and 1B; retrieval, fidelity: numbers of captions or pictures with commas between
     batches: tuple[int, ...] = (1, 8, 64)  # pictures at a time
     steps: tuple[int, ...] = ()  # of the sampler; default 1 8 for the decoder, 8 for the generator
     variants: tuple[str, ...] = ()  # plain, or some of bf16, channels_last, compile with + between them; default all that make sense

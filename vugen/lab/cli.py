@@ -595,6 +595,7 @@ def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
     import tyro
     name, rest = words[0], bare_json(words[1:])
     if name == "train": rest = gather(rest)
+    if name == "evaluate": Evaluate.__annotations__["folder"] = tyro.conf.Positional[Optional[Path]]  # may be left out, and still needs no option's name
     return tyro.cli(VERBS[name], prog=f"vugen {name}", args=rest, config=(tyro.conf.PositionalRequiredArgs,))
 
 # %% ../../nbs/lab/cli.ipynb #a0430a91

@@ -16,7 +16,8 @@ from ..errors import UserError
 from .terminal import Counter, check_number, check_target, pick_device, pictures_in, read_images, report, root_of, run_record
 
 # %% auto #0
-__all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows']
+__all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows', 'open_reference',
+           'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
 SUITES = {"mme": "evaluate_vlm:run_mme", "mmbench": "evaluate_vlm:run_mmbench", "mmmu": "evaluate_vlm:run_mmmu"}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
@@ -25,14 +26,26 @@ SUITES = {"mme": "evaluate_vlm:run_mme", "mmbench": "evaluate_vlm:run_mmbench", 
 @dataclass
 class Evaluate:
     "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
-    folder: Path  # what `vugen generate` wrote, or any folder of pictures
-    reference: Optional[Path] = None  # folder of reference pictures: PSNR of files with equal names, Fréchet distance of the sets
+    folder: Optional[Path] = None  # what `vugen generate` wrote, or any folder of pictures
+    reference: Optional[Path] = None  # folder of reference pictures, or with --metrics a file of --save-statistics; alone: PSNR of files with equal names, Fréchet distance of the sets
     suite: Optional[str] = None  # a published benchmark, one of `SUITES`
     items: Optional[Path] = None  # the suite's own file or folder, where it is not the first argument
     model: Optional[str] = None  # that answers or looks, as KIND:FOLDER or KIND:HUB_ID
     before: Optional[str] = None  # an earlier state of the model, compared item by item
     answers: Optional[Path] = None  # Parquet file that keeps what the model said of every item; a killed run goes on from it
     limit: Optional[int] = None  # items of the suite; default all
+    images: Optional[Path] = None  # folder of pictures, with all folders in it, for --metrics; or name it first
+    metrics: tuple[str, ...] = ()  # of fid kid density coverage precision recall cmmd, and for files of equal names rfid psnr ssim lpips; with --images default the first six
+    extractor: tuple[str, ...] = ("efficientnet",)  # networks that features come from: efficientnet[:SIZE], inception:FILE, inception-clean:FILE, clip:FOLDER_OR_ID, encoder:FOLDER_OR_ID
+    save_statistics: Optional[Path] = None  # file for the mean and covariance of the reference's features, to be named by --reference later
+    keep_features: bool = False  # the features too: what all metrics but fid need
+    perceptual: str = "efficientnet"  # network of lpips: lpips-vgg:FOLDER or lpips-alex:FOLDER with the weights, or efficientnet, whose distance has its own name
+    k: int = 5  # which neighbour bounds a ball of density, coverage, precision, recall
+    subsets: int = 100  # of kid's mean over subsets
+    subset_size: int = 1000  # at most
+    intervals: bool = True  # of fid, and its extrapolation; --no-intervals is faster
+    batch_size: int = 32  # pictures that a network sees at a time
+    seed: int = 0  # of subsets
     json: Optional[Path] = None  # file for the rows; - prints them
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
@@ -40,6 +53,8 @@ class Evaluate:
     def __call__(self, command):
         check_target(self.json); check_target(self.answers); check_number("--limit", self.limit, 1)
         if self.suite: return run_suite(self, command)
+        if self.metrics or self.images or self.save_statistics: return fidelity(self, command)
+        if not self.folder: raise UserError("There are no pictures: name a folder, as in `vugen evaluate FOLDER --reference FOLDER`.")
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
         root, rows = root_of(self.root), []
@@ -52,6 +67,7 @@ class Evaluate:
 def run_suite(verb, command):  # Evaluate
     "Hand a suite to its module."
     if verb.suite not in SUITES: raise UserError(f"There is no suite {verb.suite!r}: choose one of {', '.join(SUITES)}.")
+    if verb.folder is None: raise UserError(f"The suite {verb.suite} needs its file or folder: name it first, as in `vugen evaluate FOLDER --suite {verb.suite}`.")
     module, function = SUITES[verb.suite].split(":")
     return getattr(importlib.import_module(f"vugen.lab.{module}"), function)(verb, command)
 
@@ -103,3 +119,92 @@ def reference_rows(folder, reference, device, size=128):
         rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
     if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
     return rows
+
+# %% ../../nbs/lab/evaluate.ipynb #f1d1a002
+def open_reference(verb, extractor, metrics, progress):  # Evaluate
+    "The reference's statistics, from its folder (saved where --save-statistics says) or from a file; and what is wrong with it"
+    from vugen.evaluate.features import folder_features
+    from vugen.evaluate.reference import ReferenceStatistics
+    place = verb.reference.expanduser()
+    if not place.is_dir():
+        if verb.save_statistics: raise UserError(f"{verb.reference} is no folder: --save-statistics reads the pictures of a reference.")
+        found = ReferenceStatistics.load(place)
+        found.check(extractor)
+        return found, {}
+    read = folder_features(extractor, place, verb.batch_size, progress=partial(progress, f"reference, {extractor.name}"))
+    found = ReferenceStatistics.of(read, source=place.name)
+    if verb.save_statistics: (found if verb.keep_features else ReferenceStatistics.of(read, False, place.name)).save(verb.save_statistics)
+    return found, {f"reference, {what}": why for what, why in read.note().items()}
+
+# %% ../../nbs/lab/evaluate.ipynb #f1d1a003
+def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictures, or None to save the reference alone
+    "Rows of one extractor, and notes."
+    from vugen.evaluate.features import folder_features
+    from vugen.evaluate.scores import ScoreOptions, score_rows
+    reference, notes = open_reference(verb, extractor, metrics, progress)
+    if folder is None: return [{"images": verb.reference.name, "metric": "pictures", "value": reference.n, "n": reference.n, "extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint}], notes
+    found = folder_features(extractor, folder, verb.batch_size, progress=partial(progress, f"pictures, {extractor.name}"))
+    options, rows = ScoreOptions(verb.k, verb.subsets, verb.subset_size, verb.seed, verb.intervals), []
+    for one, other, names in ((found, reference, [name for name in metrics if name != "rfid"]), *(((*matched(found, reference), ["rfid"]),) if "rfid" in metrics else ())):
+        more, why = score_rows(one, other, extractor, names, options, progress)
+        rows, notes = rows + more, notes | why
+    return [{"images": folder.name, **row} for row in rows], notes | found.note()
+
+
+def matched(found, reference):  # FeatureSet, ReferenceStatistics
+    "Both, of the pictures that have equal names."
+    from dataclasses import replace
+    from vugen.evaluate.reference import moments
+    features, known = reference.need_features("rfid"), set(reference.names or ())
+    names = [name for name in found.names if name in known]
+    if len(names) < 2: raise UserError(f"rfid compares files of equal names, and {reference.source} shares {len(names)} with the pictures: a reconstruction must be called like its original.")
+    ours, theirs = found.values[[found.names.index(name) for name in names]], features[[reference.names.index(name) for name in names]]
+    mean, covariance = moments(theirs)
+    return replace(found, values=ours, names=names), replace(reference, mean=mean, covariance=covariance, n=len(names), features=theirs, names=names)
+
+# %% ../../nbs/lab/evaluate.ipynb #f1d1a004
+def pair_rows(verb, folder, metrics, device, progress):  # Evaluate
+    "Rows of pairs of files with equal names, and notes."
+    from vugen.data.images import psnr
+    from vugen.decode.perceptual import build_perceptual
+    from vugen.evaluate.reconstruction import pair_scores, picture_pairs, ssim
+    judges = {"PSNR": psnr} if "psnr" in metrics else {}
+    if "ssim" in metrics: judges["SSIM"] = ssim
+    if "lpips" in metrics:
+        judge = build_perceptual(verb.perceptual)
+        if judge is None: raise UserError("--perceptual is none: lpips needs a network, such as lpips-vgg:FOLDER.")
+        judges[judge.name] = judge.to(device)
+    if not verb.reference.expanduser().is_dir(): raise UserError(f"{verb.reference} is no folder: {', '.join(judges)} compare pictures with their originals.")
+    scores, left_out, _ = pair_scores(picture_pairs(folder, verb.reference), judges, device, partial(progress, "pairs"))
+    notes = {f"{len(left_out)} pairs": f"They cannot be compared and are left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
+    return [{"images": folder.name, "metric": name, **estimate._asdict(), "resize": "none"} for name, estimate in scores.items()], notes
+
+
+def check_fidelity(verb):  # Evaluate; the folder of pictures or None, names of metrics
+    "Refuse what cannot be measured, before a network is loaded."
+    from vugen.evaluate.scores import SET_METRICS, check_metrics
+    folder, metrics = verb.images or verb.folder, check_metrics(verb.metrics)
+    for option, value, low in (("--k", verb.k, 1), ("--subsets", verb.subsets, 1), ("--subset-size", verb.subset_size, 2), ("--batch-size", verb.batch_size, 1), ("--seed", verb.seed, 0)): check_number(option, value, low)
+    check_target(verb.save_statistics)
+    if verb.images and verb.folder: raise UserError(f"There are two folders of pictures, {verb.folder} and {verb.images}: name one.")
+    if not verb.reference: raise UserError("There is no reference: name a folder of pictures or a file of statistics with --reference.")
+    if not verb.extractor: raise UserError("--extractor is empty: name at least one, such as efficientnet.")
+    if len(verb.extractor) > 1 and verb.save_statistics: raise UserError("--save-statistics holds the features of one extractor: name one.")
+    if not folder and not verb.save_statistics or metrics and not folder: raise UserError("There are no pictures to measure: name their folder with --images.")
+    return Path(folder).expanduser() if folder else None, metrics or (SET_METRICS[:6] if folder else ())
+
+
+def fidelity(verb, command):  # Evaluate
+    "`vugen evaluate --images DIR --reference DIR|FILE --metrics …`"
+    from vugen.evaluate.features import build_extractor
+    from vugen.evaluate.scores import SET_METRICS
+    folder, metrics = check_fidelity(verb)
+    device, progress, rows, notes = pick_device(verb.device), Counter(), [], {}
+    sets = [name for name in metrics if name in (*SET_METRICS, "rfid")]
+    for name in verb.extractor if sets or verb.save_statistics else ():
+        more, why = set_rows(verb, folder, build_extractor(name, device), sets, progress)
+        rows, notes = rows + more, notes | why
+    if pairs := [name for name in metrics if name in ("psnr", "ssim", "lpips")]:
+        more, why = pair_rows(verb, folder, pairs, device, progress)
+        rows, notes = rows + more, notes | why
+    report(verb.json, rows, run_record(command, verb.seed, None, device, **({"notes": notes} if notes else {})))
