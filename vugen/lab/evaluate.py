@@ -19,7 +19,7 @@ from .terminal import Counter, check_number, check_target, pick_device, pictures
 __all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
-SUITES = {}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
+SUITES = {"geneval": "evaluate_alignment:run_geneval", "dpg": "evaluate_alignment:run_dpg", "dpg-single": "evaluate_alignment:run_dpg_single", "dpg-published": "evaluate_alignment:run_dpg_published", "scenes": "evaluate_alignment:run_scenes", "clipscore": "evaluate_alignment:run_clipscore"}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
 
 
 @dataclass
