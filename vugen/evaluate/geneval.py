@@ -238,7 +238,7 @@ def tag_rows(
         if groups: estimates.append(clustered_share([(sum(each), len(each)) for each in groups.values()]))
         rows.append({**columns, "category": tag, "metric": metric, **(estimates[-1]._asdict() if groups else dict(value=None, low=None, high=None, n=0)), "prompts": len(groups), "anchors": anchors_of(tag) if anchors else {}})
     whole = mean_of_estimates(estimates)._asdict() if estimates else dict(value=None, low=None, high=None, n=0)
-    return [*rows, {**columns, "category": "all", "metric": f"mean of {len(estimates)} tags", **whole, "prompts": len({each[1] for each in verdicts}), "anchors": anchors_of("all") if anchors else {}}]
+    return [*rows, {**columns, "category": "all", "metric": f"mean of {len(estimates)} tags", **whole, "prompts": len({each[:2] for each in verdicts}), "anchors": anchors_of("all") if anchors else {}}]
 
 # %% ../../nbs/evaluate/geneval.ipynb #1fb1ca87
 def _judge_pictures(detector, colors, rules):

@@ -98,7 +98,7 @@ def deliver(verb, command, rows, notes, store, root=None, **more):
     if verb.json: write_json(verb.json, {"run": run, "rows": rows})
     if str(verb.json) == "-": return
     show_rows(in_words(rows)); show_notes(notes)
-    print(f"\nAnswers: {store.path} (the same command without --model draws the table again)")
+    print(f"\nAnswers: {store.path}" + (" (the same command without --model draws the table again)" if verb.model else ""))
 
 # %% ../../nbs/lab/evaluate_alignment.ipynb #fa269161
 def run_clipscore(verb, command):  # Evaluate

@@ -100,6 +100,7 @@ def draw_pictures(pictures, folder, draw, chunk, progress):  # of a suite; targe
     wanted = [picture for picture in pictures if not (folder / picture.name).is_file()]
     open_files = {(picture.number, sample): picture for picture in wanted for sample in picture.samples}
     prompts, drawn, done = {picture.number: picture.prompt for picture in pictures}, {}, 0
+    progress("pictures", len(pictures) - len(wanted), len(pictures))
     for run in chunks(list(open_files), chunk):
         images = draw([prompts[number] for number, _ in run], run[0][1], run[0][0])
         for pair, image in zip(run, images): drawn[pair] = image
