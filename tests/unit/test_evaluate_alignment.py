@@ -105,3 +105,23 @@ def test_a_folder_is_scored_and_what_cannot_be_read_is_named(tmp_path, clip):
 
 def test_counts_that_differ_are_refused(clip):
     with pytest.raises(UserError, match="one prompt a picture"): cosines(clip, PICTURES, PROMPTS[:2])
+
+
+def test_four_samples_in_a_file_are_four_pictures(tmp_path, clip):
+    parts = [picture(seed, 32, 32) for seed in range(4)]
+    board = Image.new("RGB", (64, 64))
+    for place, part in enumerate(parts): board.paste(part, (32 * (place % 2), 32 * (place // 2)))
+    board.save(tmp_path / "one.png")
+    (tmp_path / "generate.json").write_text(json.dumps({"run": {"settings": {"suite": "dpg", "samples": 4}}, "rows": [{"image": "one.png", "prompt": PROMPTS[0]}]}))
+    rows, _ = run_clip_score(prompted_pictures(tmp_path), clip, JudgementStore(tmp_path / "a.parquet"))
+    assert rows[0]["n"] == 4 and rows[0]["value"] == pytest.approx(clip_score(cosines(clip, parts, PROMPTS[:1] * 4), 100).mean().item(), rel=1e-6)
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path):
+    class Broken:
+        name, fingerprint = "broken", "b"
+        def encode_image(self, images): return torch.full((len(images), 2), float("nan"))
+        def encode_text(self, captions): return torch.ones(len(captions), 2)
+    save(tmp_path / "drawn")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "0.png", "prompt": "a star"}))
+    with pytest.raises(UserError, match="broken gave a score that is not a number for 0.png"): run_clip_score(prompted_pictures(tmp_path / "drawn", tmp_path / "a.jsonl"), Broken(), JudgementStore(tmp_path / "a.parquet"))

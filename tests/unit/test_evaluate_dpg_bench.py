@@ -204,3 +204,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     answerer = Painted()
     run_dpg(path, folder, answerer, store := JudgementStore(tmp_path / "a.parquet"))
     assert answerer.asked == 24 - kept and len(store.read()) == 24
+
+
+@pytest.mark.parametrize("share", [float("nan"), 1.5])
+def test_a_probability_that_is_none_is_an_error(tmp_path, share):
+    class Broken:
+        name, fingerprint = "broken", "b"
+        def __call__(self, image, questions): return [share] * len(questions)
+    with pytest.raises(UserError, match="broken gave"): run_dpg(write(tmp_path / "list.csv"), drawn(tmp_path / "drawn"), Broken(), JudgementStore(tmp_path / "a.parquet"))
