@@ -137,7 +137,7 @@ def _judge_cosines(matcher, prefix):
         opened, problems = {}, {}
         for place, job in enumerate(jobs):
             try: opened[place] = job.payload.open()
-            except UserError as error: problems[place] = str(error)
+            except UserError as error: problems[place] = str(error).replace(str(job.payload.path), job.key)
         found = dict(zip(opened, cosines(matcher, list(opened.values()), [jobs[place].payload.prompt for place in opened], prefix).tolist())) if opened else {}
         wrong = next((jobs[place].key for place, cosine in found.items() if not math.isfinite(cosine)), None)
         if wrong: raise UserError(f"{matcher.name} gave a score that is not a number for {wrong}: check its weights.")

@@ -163,7 +163,9 @@ def _judge_questions(answerer):
         for place, job in enumerate(jobs): groups.setdefault((job.payload.path, job.payload.samples, job.payload.sample), []).append(place)
         for (path, samples, sample), places in groups.items():
             try: found, problem = answerer(samples_of(load_image(path), samples)[sample], [jobs[place].payload.question.text for place in places]), ""
-            except UserError as error: found, problem = [None] * len(places), f"{path.name}: {error}"
+            except UserError as error: found, problem = [None] * len(places), f"{path.name}: {error}".replace(str(path), path.name)
+            wrong = next((share for share in found if share is not None and not 0 <= share <= 1), None)
+            if wrong is not None: raise UserError(f"{answerer.name} gave {wrong} as a probability for {path.name}: check its weights.")
             columns |= {place: (None if share is None else float(share), problem) for place, share in zip(places, found, strict=True)}
         return [{"item": job.payload.item.key, "sample": job.payload.sample, "proposition_id": job.payload.question.number, "question": job.payload.question.text,
                  "yes": columns[place][0], "answer": None if columns[place][0] is None else columns[place][0] > 0.5, "problem": columns[place][1]} for place, job in enumerate(jobs)]

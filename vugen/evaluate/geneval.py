@@ -246,7 +246,7 @@ def _judge_pictures(detector, colors, rules):
         opened, columns = {}, {}
         for place, job in enumerate(jobs):
             try: opened[place] = load_image(job.payload.path)
-            except UserError as error: columns[place] = {"correct": None, "problem": str(error)}
+            except UserError as error: columns[place] = {"correct": None, "problem": str(error).replace(str(job.payload.path), job.key)}
         for (place, image), things in zip(opened.items(), detector(list(opened.values())) if opened else ()):
             columns[place] = _columns(image, things, jobs[place].payload.item, colors, rules)
         return [{"filename": job.key, "tag": job.payload.item.tag, "prompt": job.payload.item.prompt, "metadata": json.dumps(job.payload.item.line), "reason": "", "details": "", "problem": "", **columns[place]} for place, job in enumerate(jobs)]

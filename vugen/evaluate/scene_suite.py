@@ -123,7 +123,7 @@ def _judge_scenes(detector):
         for place, job in enumerate(jobs):
             path = job.payload[0]
             try: opened[place] = load_image(path) if isinstance(path, Path) else path
-            except UserError as error: columns[place] = {"exact": None, "geneval": None, "problem": str(error)}
+            except UserError as error: columns[place] = {"exact": None, "geneval": None, "problem": str(error).replace(str(path), job.key)}
         for (place, image), (parsed, things) in zip(opened.items(), _read(detector, list(opened.values()))):
             columns[place] = {**scene_verdicts(parsed, things, jobs[place].payload[1]), "problem": "", "seen": ", ".join(f"{thing.color or ''} {thing.label}".strip() for thing in things)}
         return [{"images": job.payload[2], "tag": job.payload[1].tag, "prompt": job.payload[1].prompt, "seen": "", **columns[place]} for place, job in enumerate(jobs)]
