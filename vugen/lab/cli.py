@@ -70,9 +70,9 @@ class Train:
 @dataclass
 class Generate:
     "Draw pictures of prompts."
-    prompts: tuple[str, ...]  # such as "a red circle left of a blue square"
+    prompts: tuple[str, ...]  # such as "a red circle left of a blue square"; none with --suite
     out: Path = Path("generated")  # folder for the pictures and generate.json
-    n: int = 1  # pictures of each prompt, at most 256
+    n: Optional[int] = None  # pictures of each prompt, at most 256; default 1, with --suite 4
     guidance_scale: Optional[float] = None  # 1 is no guidance; default the model's
     guidance_interval: Optional[tuple[float, float]] = None  # guide only from t to t (0 is noise, 1 is data); default the model's
     steps: Optional[int] = None  # sampler steps; default the model's
@@ -83,8 +83,13 @@ class Generate:
     generator: str = "generator"  # which of the folder's generators: also generator-decoupled or generator-repa
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
+    suite: Optional[str] = None  # draw the pictures of a benchmark in its own folders: geneval, dpg, scenes or scenes-bare
+    items: Optional[Path] = None  # the suite's list: evaluation_metadata.jsonl or dpg_bench.csv; scenes makes its own
+    limit: Optional[int] = None  # prompts of the list, of scenes prompts of each tag (default 50)
 
     def __call__(self, command):
+        if self.suite: return importlib.import_module("vugen.lab.generate_suite").generate_suite(self, command)
+        if self.items or self.limit: raise UserError("--items and --limit belong to a benchmark: name it with --suite.")
         check_generate(self); check_target(self.out, "folder")
         prompts, root, device = check_captions(self.prompts, "prompt"), root_of(self.root), pick_device(self.device)
         if not reads_freely(root / self.generator): prompts = check_prompts(prompts)
@@ -92,7 +97,7 @@ class Generate:
         model = TextToImage.from_pretrained(generator_in(root, self.generator)).to(device)
         if self.decoder: paint_with(model, decoder_in(root, self.decoder))
         start = time.perf_counter()
-        asked, used = [prompt for prompt in prompts for _ in range(self.n)], sampling_of(self, model)
+        asked, used = [prompt for prompt in prompts for _ in range(self.n or 1)], sampling_of(self, model)
         images = draw_chunks(model, asked, self.seed, Counter(), **used)
         seconds = time.perf_counter() - start
         names = save_images(images, asked, run_record(command, self.seed, root, device, generator=self.generator, decoder=self.decoder, **used, seconds=round(seconds, 2)), self.out, self.size)

@@ -20,7 +20,10 @@ __all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', '
            'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
-SUITES = {"mme": "evaluate_vlm:run_mme", "mmbench": "evaluate_vlm:run_mmbench", "mmmu": "evaluate_vlm:run_mmmu"}  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
+SUITES = {  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
+    "geneval": "evaluate_alignment:run_geneval", "dpg": "evaluate_alignment:run_dpg", "dpg-single": "evaluate_alignment:run_dpg_single", "dpg-published": "evaluate_alignment:run_dpg_published",
+    "scenes": "evaluate_alignment:run_scenes", "clipscore": "evaluate_alignment:run_clipscore",
+    "mme": "evaluate_vlm:run_mme", "mmbench": "evaluate_vlm:run_mmbench", "mmmu": "evaluate_vlm:run_mmmu"}
 
 
 @dataclass
