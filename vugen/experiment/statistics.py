@@ -507,7 +507,7 @@ def power_rows(
     return [{"seeds": number, "items": count, "power": power(effect, parts, number, count, alpha), "detectable": detectable(parts, number, count, alpha)} for count in items for number in seeds]
 
 # %% ../../nbs/experiment/statistics.ipynb #10406cad
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     "Scores of one arm and family along training"
     steps: np.ndarray  # [m]
@@ -580,6 +580,7 @@ def _area(logs, values, low, high):
     return ((heights[..., 1:] + heights[..., :-1]) / 2 * np.diff(points)).sum(-1) / (high - low)
 
 # %% ../../nbs/experiment/statistics.ipynb #577df0b6
+@functools.lru_cache(maxsize=64)
 def curve_draws(
     each: Curve,
     draws: int = 500,
