@@ -305,7 +305,12 @@ class Table:
 
     def _repr_markdown_(self): return self.markdown()
 
-# %% ../../nbs/experiment/report.ipynb #7274987a
+# %% ../../nbs/experiment/report.ipynb #42e9a840
+def _reading(found, alpha):
+    "A comparison in two or three words"
+    verdict = {"open": "cannot tell", "equivalent": "no difference that matters"}.get(verdict_of(found), verdict_of(found))
+    return verdict + (", but not after Holm" if found.found and found.p_holm is not None and found.p_holm > alpha else "")
+
 def _count(value): return f"{value:,}" if isinstance(value, int) else "–"
 def _range(values): return f"{min(values):,.0f}" if max(values) - min(values) < 0.5 else f"{min(values):,.0f} – {max(values):,.0f}"
 
@@ -331,10 +336,10 @@ def comparisons_table(
     planned = analysis.primary["planned"]
     number = lambda value, form: "–" if value is None else "<0.0001" if form == ".4f" and value < 1e-4 else f"{value:{form}}"
     rows = [[f"{one.arm} − {one.against}" + (" (primary)" if (one.arm, one.against, moment) == (planned["arm"], planned["against"], planned["at"]) else ""), one.first.percent(), one.second.percent(), one.difference.points(), number(one.p, ".4f"), number(one.p_holm, ".4f"),
-             number(one.seed_test.get("p"), ".4f"), number(one.equivalence["p"], ".4f"), f"{one.cohen_h:+.2f}", f"{one.odds_ratio:.2f} / {one.matched_odds_ratio:.2f}", number(one.seed_test.get("d_z"), "+.2f"), one.difference.seeds, {"open": "cannot tell", "equivalent": "no difference that matters"}.get(verdict_of(one), verdict_of(one))] for one in analysis.comparisons[moment]]
+             number(one.seed_test.get("p"), ".4f"), number(one.equivalence["p"], ".4f"), f"{one.cohen_h:+.2f}", f"{one.odds_ratio:.2f} / {one.matched_odds_ratio:.2f}", number(one.seed_test.get("d_z"), "+.2f"), one.difference.seeds, _reading(one, planned["alpha"])] for one in analysis.comparisons[moment]]
     waiting = len(analysis.results.plan["comparisons"]) - len(rows)
     return Table(f"Differences {AT[moment]}: {planned['family']}, {planned['metric']} score, {planned['readout']} readout, suite {planned['suite']!r}", ["comparison", "first", "second", "difference in points", "p", "p (Holm)", "p (paired t over seeds)", "p (equivalence)", "Cohen's h", "odds ratio / matched", "d_z", "seeds", "reads"], rows,
-                 f"Intervals of {1 - planned['alpha']:.0%}. Holm over the plan's {len(analysis.results.plan['comparisons'])} comparisons" + (f", {waiting} of which are not in yet." if waiting else ".") + f" Equivalence: two one-sided tests against ±{_points(planned['smallest_effect'])}. The last column rests on the uncorrected p value and the interval.")
+                 f"Intervals of {1 - planned['alpha']:.0%}. Holm over the plan's {len(analysis.results.plan['comparisons'])} comparisons" + (f", {waiting} of which are not in yet." if waiting else ".") + f" Equivalence: two one-sided tests against ±{_points(planned['smallest_effect'])}. The last column reads p value and interval, and says where the difference does not outlive Holm's correction.")
 
 # %% ../../nbs/experiment/report.ipynb #b8c096c8
 def _shown(found): return found.percent() if found else "–"
@@ -425,7 +430,7 @@ def power_table(
     "The smallest difference that an experiment of some size finds with 80% power"
     found, planned = {(row["seeds"], row["items"]): row for row in analysis.power}, analysis.primary["planned"]
     rows = [[seeds, *(f"{100 * found[seeds, items]['detectable']:.1f} ({found[seeds, items]['power']:.0%})" for items in POWER_ITEMS)] for seeds in (3, 5, 8, 10, 15, 20)]
-    return Table(f"Smallest difference found with 80% power, in points (and power to find {_points(planned['smallest_effect'])})", ["seeds", *(f"{items} items" for items in POWER_ITEMS)], rows, "From the variances of this run's paired differences between seeds, between items and of the rest. Estimated from few seeds they are rough themselves.")
+    return Table(f"Smallest difference found with 80% power, in points (and power to find {_points(planned['smallest_effect'])})", ["seeds", *(f"{items} items" for items in POWER_ITEMS)], rows, "From the variances of this run's paired differences between seeds, between items and of the rest. " + ("Between seeds it was estimated as zero, which so few seeds cannot prove: read these numbers as the best case." if analysis.primary["comparison"].components.seed == 0 else "Estimated from few seeds they are rough themselves."))
 
 # %% ../../nbs/experiment/report.ipynb #948bf602
 @dataclass(frozen=True)
@@ -449,6 +454,13 @@ def _picture(figure, name, title, alt):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None, "Description": alt})
     return Picture(name, title, alt, buffer.getvalue())
+
+def _logarithmic(axis):
+    "Ticks at 1, 3, 10, 30 …, thousands as k, and no others"
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(10, (1.0, 3.0))); axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"))
 
 def _style(place):
     import matplotlib
@@ -475,7 +487,7 @@ def _curve_panel(axis, arm, analysis):
         axis.plot(each.samples, [one.value for one in found], ".-", color=color, lw=1.2, ms=4, label={"atom": "atoms", "binding": "binding"}[family])
         axis.fill_between(each.samples, [one.low for one in found], [one.high for one in found], color=color, alpha=0.2, lw=0)
     axis.axhline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls="--", lw=0.8)
-    axis.set(xscale="log", ylim=(0, 1.02)); axis.set_title(arm, fontsize=9); axis.set_xlabel("pictures", fontsize=8)
+    _logarithmic(axis); axis.set_ylim(0, 1.02); axis.set_title(arm, fontsize=9); axis.set_xlabel("pictures", fontsize=8)
 
 # %% ../../nbs/experiment/report.ipynb #52f74a50
 def cost_figure(
@@ -488,7 +500,7 @@ def cost_figure(
     for axis, name, label in zip(axes, ("samples", "gflops"), ("pictures", "GFLOP, measured")):
         for place, (arm, each) in enumerate(curves.items()): axis.plot(getattr(each, name), each.values.mean((1, 2)), label=arm, **_style(place))
         axis.axhline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls="--", lw=0.8)
-        axis.set(xscale="log"); axis.set_xlabel(label, fontsize=8)
+        _logarithmic(axis); axis.set_xlabel(label, fontsize=8)
     axes[0].set_ylabel(f"binding, {analysis.primary['planned']['metric']} score", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     ends = ", ".join(f"{arm} {each.values[-1].mean():.0%} after {each.samples[-1]:,.0f} pictures and {each.gflops[-1]:,.0f} GFLOP" for arm, each in curves.items())
@@ -509,7 +521,7 @@ def forest_figure(
     axis.set_yticks(range(len(names)), [f"{first} − {second}" + (" *" if (first, second) == (planned["arm"], planned["against"]) else "") for first, second in names])
     axis.invert_yaxis(); axis.set_xlabel(f"difference in points, {planned['family']}, {planned['metric']} score (* primary comparison)", fontsize=8); figure.legend(fontsize=7, loc="outside upper center", ncols=3)
     words = "; ".join(f"{AT[moment]}: " + ", ".join(f"{one.arm} minus {one.against} {one.difference.points()}" for one in analysis.comparisons[moment]) for moment in MOMENTS)
-    return _picture(figure, "differences", "Differences with their intervals", f"Differences in points with {1 - planned['alpha']:.0%} intervals. {words}.")
+    return _picture(figure, "differences", "Differences with their intervals", f"Differences in points with {1 - planned['alpha']:.0%} intervals, {words}.")
 
 # %% ../../nbs/experiment/report.ipynb #2e6168d6
 def readouts_figure(
@@ -556,7 +568,7 @@ def power_figure(
         for axis, name, scale in zip(axes, ("power", "detectable"), (1, 100)): axis.plot([row["seeds"] for row in rows], [scale * row[name] for row in rows], label=f"{items} items", **_style(place))
     axes[0].axhline(0.8, color="0.5", ls="--", lw=0.8); axes[1].axhline(100 * planned["smallest_effect"], color="0.5", ls="--", lw=0.8)
     for axis, label in zip(axes, (f"power to find {_points(planned['smallest_effect'])}", "smallest difference, points (80% power)")):
-        axis.set_xlabel("seeds", fontsize=8); axis.set_title(label, fontsize=9); axis.axvline(here.seeds, color="0.8", lw=0.8, zorder=0); axis.set_ylim(0)
+        axis.set_xlabel("seeds", fontsize=8); axis.set_title(label, fontsize=9); axis.axvline(here.seeds, color="0.8", lw=0.8, zorder=0); axis.set_ylim(0); axis.set_xticks((3, 5, 10, 15, 20))
     axes[1].legend(fontsize=7)
     words = ", ".join(f"{row['items']} items {100 * row['detectable']:.1f} points" for row in analysis.power if row["seeds"] == min(max(here.seeds, 3), 20))
     return _picture(figure, "power", "Power", f"Power to find {_points(planned['smallest_effect'])} (left) and the smallest difference found with 80% power (right) against seeds, for 100 to 2000 items. With {_seeds(min(max(here.seeds, 3), 20))}: {words}.")
@@ -675,5 +687,5 @@ def report(
     analysis, out = analyse(load_results(folder, digest)), Path(out).expanduser()
     blocks, title, rows, primary = page_blocks(analysis), _title(analysis), long_rows(analysis), plain_primary(analysis.primary)
     pictures = [content for kind, content in blocks if kind == "figure"]
-    stored = {"report.html": page_html(blocks, title), "report.md": page_markdown(blocks, title), "rows.json": json.dumps({"run": {"plan": analysis.results.digest, "primary": primary}, "rows": rows}, ensure_ascii=False, allow_nan=False, indent=0) + "\n", **{f"figures/{picture.name}.png": picture.png for picture in pictures}}
+    stored = {"report.html": page_html(blocks, title), "report.md": page_markdown(blocks, title), "rows.json": json.dumps({"run": {"plan": analysis.results.digest, "primary": primary}, "rows": rows}, ensure_ascii=False, allow_nan=False) + "\n", **{f"figures/{picture.name}.png": picture.png for picture in pictures}}
     return {"rows": rows, "written": [_write(out / name, content) for name, content in stored.items()], "primary": primary}

@@ -257,6 +257,8 @@ def bootstrap_draws(
     return ((_weights(seeds, draws, 2 * seed) @ values) * _weights(items, draws, 2 * seed + 1)).sum(1)
 
 # %% ../../nbs/experiment/statistics.ipynb #09463c85
+_quantile = functools.lru_cache(maxsize=4096)(student_quantile)
+
 @dataclass(frozen=True)
 class Interval:
     "A mean over seeds and items with its interval"
@@ -290,7 +292,7 @@ def interval(
         return Interval(value, *clipped(value - reach, value + reach), 0.0, freedom, seeds, items)
     shift = bootstrap_draws(values, draws, seed) - value
     tail = (1 - confidence) / 2
-    factor = student_quantile(confidence, freedom) * error / (NormalDist().inv_cdf(1 - tail) * shift.std())
+    factor = _quantile(confidence, freedom) * error / (NormalDist().inv_cdf(1 - tail) * shift.std())
     low, high = np.quantile(shift, [tail, 1 - tail]) * factor + value
     return Interval(value, *clipped(min(low, value), max(high, value)), error, freedom, seeds, items)
 
@@ -477,7 +479,7 @@ def power(
 ) -> float: # probability of finding it
     "Power of the test of a paired difference"
     error, freedom = planned_error(parts, seeds, items)
-    return float(effect != 0) if error < 1e-12 else min(1.0, beyond(student_quantile(1 - alpha, freedom), effect / error, freedom))
+    return float(effect != 0) if error < 1e-12 else min(1.0, beyond(_quantile(1 - alpha, freedom), effect / error, freedom))
 
 def detectable(
     parts: Components,
@@ -488,7 +490,7 @@ def detectable(
 ) -> float: # difference
     "The smallest difference that is found with the wanted power"
     error, freedom = planned_error(parts, seeds, items)
-    threshold, low, high = student_quantile(1 - alpha, freedom), 0.0, 1.0
+    threshold, low, high = _quantile(1 - alpha, freedom), 0.0, 1.0
     while beyond(threshold, high, freedom) < wanted: low, high = high, 2 * high
     for _ in range(24): low, high = ((low + high) / 2, high) if beyond(threshold, (low + high) / 2, freedom) < wanted else (low, (low + high) / 2)
     return high * error
@@ -597,7 +599,7 @@ def wide_tail(
 ) -> float: # probability below the lower end
     "The tail of a percentile interval of few seeds (Hesterberg 2015, section 3.3)"
     if seeds == 1: return (1 - confidence) / 2
-    return NormalDist().cdf(-math.sqrt(seeds / (seeds - 1)) * student_quantile(confidence, seeds - 1))
+    return NormalDist().cdf(-math.sqrt(seeds / (seeds - 1)) * _quantile(confidence, seeds - 1))
 
 def drawn_interval(
     value: float,
