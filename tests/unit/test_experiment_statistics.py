@@ -234,7 +234,7 @@ def _curve(values, samples=(100, 200, 400, 800)): return Curve(np.array(samples)
 def test_levels_are_reached_for_good_or_not_at_all():
     places = np.array([0, 100, 200, 400])
     assert reach(places, [0.0, 0.5, 0.9, 1.0], 0.25) == 50  # from nothing, in a straight line
-    assert reach(places, [0.1, 0.5, 0.9, 1.0], 0.7) == pytest.approx(100 * 2**0.5) and reach(places, [0.1, 0.5, 0.9, 1.0], 1.0) == 400
+    assert float(reach(places, [0.1, 0.5, 0.9, 1.0], 0.7)) == pytest.approx(100 * 2**0.5) and reach(places, [0.1, 0.5, 0.9, 1.0], 1.0) == 400
     assert reach(places, [0.1, 0.95, 0.2, 0.3], 0.9) == np.inf and reach(places, [0.9, 0.95, 0.9, 1.0], 0.9) == 0
     found = milestones(_curve(np.broadcast_to(np.array([0, 0, 1, 1])[:, None, None], (4, 2, 5))), (0.5,))
     assert [row["value"] for row in found] == pytest.approx([200 * 2**0.5, 600 * 2**0.5]) and told(found[0]) == "283"
@@ -245,10 +245,10 @@ def test_levels_are_reached_for_good_or_not_at_all():
 
 def test_area_is_the_trapezoid_over_logarithms():
     places, heights = np.array([1.0, 3.0, 20.0, 50.0]), np.random.default_rng(0).random(4)
-    assert area(places, heights) == pytest.approx(np.trapezoid(heights, np.log(places)) / math.log(50))
-    assert area(np.array([0.0, *places]), np.array([0.9, *heights])) == pytest.approx(area(places, heights))
+    assert float(area(places, heights)) == pytest.approx(np.trapezoid(heights, np.log(places)) / math.log(50))
+    assert float(area(np.array([0.0, *places]), np.array([0.9, *heights]))) == pytest.approx(float(area(places, heights)))
     fine = np.geomspace(2, 30, 20_001)
-    assert area(places, heights, 2, 30) == pytest.approx(np.interp(np.log(fine), np.log(places), heights).mean(), abs=1e-3)
+    assert float(area(places, heights, 2, 30)) == pytest.approx(np.interp(np.log(fine), np.log(places), heights).mean(), abs=1e-3)
     with pytest.raises(UserError, match="some width"): area(places, heights, 30, 30)
     with pytest.raises(UserError, match="two measured moments"): area([5.0], [1.0])
 
@@ -279,7 +279,7 @@ def test_the_rule_of_the_verdict(atoms, probe, native, gain, verdict): assert re
 
 
 def test_a_bag_of_words_binds_nothing_and_knows_its_atoms():
-    scores = simulate_scores(lambda arm, readout, suite, family, kind, step: 0.85 if family == "atom" else CHANCE["text"], {"bag": 1.0}, items=150, item_sd=0.1)
+    scores = simulate_scores(lambda arm, readout, suite, family, kind, step: 0.85 if family == "atom" else CHANCE["text"], {"bag": 1.0}, items=200, seed_sd=0.01, item_sd=0.1)
     row = readout_row(scores.where(moment="steps"))
     assert row["verdict"] == "lost" and row["cells"]["native", "binding"].low < 0.25 < row["cells"]["native", "binding"].high and row["cells"]["native", "atom"].low > 0.7
     assert set(row["cells"]) == {(readout, family) for readout in ("native", "linear", "attention") for family in KINDS}

@@ -559,7 +559,7 @@ def reach(
     high, low = (np.take_along_axis(fit, place[..., None], -1)[..., 0] for place in (first, before))
     share = np.where(high > low, (level - low) / np.where(high > low, high - low, 1), 1).clip(0, 1)
     left, right = places[before], places[first]
-    with np.errstate(divide="ignore", invalid="ignore"): found = np.where(left > 0, np.exp(np.log(left) + share * (np.log(right) - np.log(left))), left + share * (right - left))
+    with np.errstate(divide="ignore", invalid="ignore"): found = np.where(left > 0, left * (right / left) ** share, left + share * (right - left))
     return np.where(above.any(-1), np.where(first == 0, places[0], found), np.inf)
 
 # %% ../../nbs/experiment/statistics.ipynb #68000180
