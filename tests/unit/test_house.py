@@ -17,9 +17,9 @@ MAY_IMPORT = {  # room: the rooms that it may import from, itself apart
     "generate": ("data", "models", "encode", "decode"),
     "evaluate": ("data", "models", "encode", "decode", "generate"),
     "understand": ("data", "models", "encode", "decode", "generate", "evaluate"),
-    "experiment": ("data", "models", "encode", "decode", "generate", "evaluate", "understand"),
-    "train": ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "experiment"),
-    "lab": ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "experiment", "train"),
+    "train": ("data", "models", "encode", "decode", "generate", "evaluate", "understand"),
+    "experiment": ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "train"),
+    "lab": ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "train", "experiment"),
 }
 
 

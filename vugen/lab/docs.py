@@ -22,7 +22,7 @@ def project_root(
     raise UserError(f"{start} lies in no checkout of vugen (no settings.ini above it): run this from a clone.")
 
 # %% ../../nbs/lab/docs.ipynb #7815a3cb
-ROOMS = ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "experiment", "train", "lab")
+ROOMS = ("data", "models", "encode", "decode", "generate", "evaluate", "understand", "train", "experiment", "lab")
 
 def notebooks(
     root: Path,  # A checkout
