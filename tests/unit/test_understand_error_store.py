@@ -226,6 +226,58 @@ def test_two_writers_and_compaction(tmp_path, denoiser):
     assert torch.equal(stacked(ErrorStore(tmp_path), PLAN)[0], whole) and torch.equal(stacked(ErrorStore(tmp_path))[0], whole)
 
 
+WRITER = """
+import sys
+from tests_store import MixtureDenoiser, WORLD, make_items, PLAN
+from vugen.understand.error_store import ErrorStore, fill
+with ErrorStore(sys.argv[1]) as store: fill(store, MixtureDenoiser(WORLD), make_items(5)[int(sys.argv[2]):], PLAN)
+"""
+
+
+def another_process(tmp_path, folder, first):
+    "A second writer: a process of its own that fills items from number `first` on"
+    (tmp_path / "tests_store.py").write_text(textwrap.dedent(HELPER))
+    place = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    subprocess.run([sys.executable, "-c", WRITER, str(folder), str(first)], env={**os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+@pytest.mark.parametrize("moment", ["after reading", "before removing"])
+def test_compaction_keeps_what_another_process_wrote_meanwhile(tmp_path, denoiser, monkeypatch, moment):
+    folder, items = tmp_path / "store", make_items(5)
+    store = ErrorStore(folder)
+    fill(store, denoiser, items[:3], PLAN)
+    told, calls = store.flush, []
+    def flush():
+        calls.append(len(calls))
+        if moment == "after reading" and len(calls) == 1: another_process(tmp_path, folder, 3)
+        told()
+        if moment == "before removing" and len(calls) == 2: another_process(tmp_path, folder, 3)
+    monkeypatch.setattr(store, "flush", flush)
+    compact(store)
+    assert len(calls) == 2 and len(list(folder.glob("errors-*.parquet"))) == 2
+    again = ErrorStore(folder)
+    assert len(again) == 150 and fill(again, denoiser, items, PLAN).calls == 0
+    whole = ErrorStore(tmp_path / "whole")
+    fill(whole, denoiser, items, PLAN)
+    assert torch.equal(stacked(again, PLAN)[0], stacked(whole, PLAN)[0])
+
+
+def test_a_part_that_is_compacted_away_while_another_reads_is_not_lost(tmp_path, denoiser, monkeypatch):
+    "The reader has the list of parts, and another process puts one in their place before it opens them"
+    from vugen.understand import error_store
+    folder, items, read = tmp_path / "store", make_items(4), error_store._read_part
+    for item in items: fill(ErrorStore(folder), denoiser, [item], PLAN)
+    waiting = [True]
+    def read_late(path, columns):
+        if waiting: waiting.clear(); compact(ErrorStore(folder))
+        return read(path, columns)
+    monkeypatch.setattr(error_store, "_read_part", read_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reader = ErrorStore(folder)
+    assert len(list(folder.glob("errors-*"))) == 1 and len(reader) == 120 and fill(reader, denoiser, items, PLAN).calls == 0
+
+
 def test_noise_bank_starts_anew_when_full():
     bank = NoiseBank((2,), torch.device("cpu"), capacity=4)
     fresh = NoiseBank((2,), torch.device("cpu"), capacity=100)

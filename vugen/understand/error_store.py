@@ -107,10 +107,11 @@ def _part_name(kind: str) -> str:
     return f"{kind}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
 
 def _read_part(path: Path, columns):
-    "A part as a table, or None where it is cut off"
+    "A part as a table, or None where it is cut off; a part that is gone raises `FileNotFoundError`"
     import pyarrow as pa
     import pyarrow.parquet as parquet
     try: table = parquet.read_table(path, read_dictionary=[name for name in WORDS if name in columns])
+    except FileNotFoundError: raise
     except (pa.ArrowException, OSError): return None
     if missing := [name for name in columns if name not in table.column_names]: raise UserError(f"{path} is no part of an error store (no column {missing[0]}): move it elsewhere, or name another folder.")
     return table
@@ -146,20 +147,24 @@ class ErrorStore:
 
     def refresh(self) -> ErrorStore:
         "Read what others have written since; `refresh` is called once at the start"
-        broken = []
-        for path in sorted(self.folder.glob("errors-*.parquet")):
-            if path in self._read: continue
-            table = _read_part(path, ROW.names)
-            if table is None: broken.append(path)
-            else: self._index(_rows_of(table, self.code)); self._read.add(path)
-        for path in sorted(self.folder.glob("items-*.parquet")):
-            if path in self._read: continue
-            table = _read_part(path, ("key", "picture", "captions", "label"))
-            if table is None: broken.append(path)
-            else: self.items.update({row["key"]: ClassifierItem(row["key"], tuple(row["captions"]), row["label"], None, row["picture"]) for row in table.to_pylist()}); self._read.add(path)
+        broken = self._read_new("errors", ROW.names, lambda table: self._index(_rows_of(table, self.code)))
+        broken += self._read_new("items", ("key", "picture", "captions", "label"), lambda table: self.items.update(
+            {row["key"]: ClassifierItem(row["key"], tuple(row["captions"]), row["label"], None, row["picture"]) for row in table.to_pylist()}))
         for path in sorted(self.folder.glob("model-*.json")): self.models[path.stem.removeprefix("model-")] = _read_model(path)
         _set_aside(self.folder, broken)
         return self
+
+    def _read_new(self, kind: str, columns: Sequence[str], take: Callable) -> list[Path]:
+        "Give every new part of a kind to `take`; those that are cut off are returned"
+        broken, tried = [], set()
+        while new := sorted(set(self.folder.glob(f"{kind}-*.parquet")) - self._read - tried):
+            tried.update(new)
+            for path in new:
+                try: table = _read_part(path, columns)
+                except FileNotFoundError: continue  # another process compacted: it stands in a newer part, which the next look at the folder finds
+                if table is None: broken.append(path)
+                else: take(table); self._read.add(path)
+        return broken
 
     def _index(self, rows: np.ndarray) -> None:
         "Put rows into their groups"
@@ -308,9 +313,9 @@ def stored_plan(
 def compact(
     store: ErrorStore,
 ) -> None:
-    "One part in place of many, every error once; what stood there is removed after the new part is whole"
+    "One part in place of many, every error once; what was read is removed after the new part is whole, what another process writes meanwhile stays"
     store.refresh().flush()
-    old = sorted(store.folder.glob("errors-*.parquet"))
+    old = sorted(path for path in store._read if path.name.startswith("errors-"))  # of the folder there may be more by now
     for key, parts in store._groups.items():
         rows = np.concatenate(parts)
         marks = np.stack([rows["caption"].astype(np.uint64), _sample_hash(rows)], 1)
