@@ -392,3 +392,40 @@ def test_a_generator_in_the_store(tmp_path):
     assert cost.calls == 90 and cost.tokens == 90 * 16 and cost.flops == 90 * denoiser.flops_of(denoiser.prepare(samples["captions"]))
     live = [LiveErrors(ErrorStore(tmp_path / "b"), denoiser, item, PLAN).errors(torch.arange(3), torch.arange(10)) for item in items]
     assert torch.allclose(torch.stack(live), stacked(store, PLAN)[0], rtol=1e-4)
+
+
+def test_a_call_is_billed_at_the_length_of_its_captions(tmp_path):
+    "Against the counter of torch on the very call, not at the usual sixteen tokens"
+    from test_understand_denoisers import toy
+    from vugen.data.scenes import World, batch
+    from vugen.understand.denoisers import GeneratorDenoiser, counted_flops
+    samples, denoiser = batch(World(), 0, range(2)), GeneratorDenoiser(toy())
+    short, long = (ClassifierItem(name, captions, 0, image) for name, captions, image in zip(("short", "long"), (("red", "blue"), ("a red circle " * 9, "blue")), samples["images"]))
+    every, totals = (torch.arange(2), torch.arange(4)), []
+    for item in (short, long):
+        conditions = denoiser.prepare(list(item.captions))
+        noisy = torch.zeros(1, *denoiser.shape)
+        totals.append(8 * counted_flops(lambda: denoiser.velocity(noisy, torch.full((1,), .5), conditions.select(torch.tensor([1])))))
+        with ErrorStore(tmp_path / item.key) as store: live = LiveErrors(store, denoiser, item, PLAN[:4]); live.errors(*every)
+        replayed = StoredErrors(ErrorStore(tmp_path / item.key), item, PLAN[:4])
+        assert replayed.asked.flops == 0
+        replayed.errors(*every)
+        assert live.asked.flops == live.cost.flops == replayed.asked.flops == totals[-1] and replayed.asked.calls == 8
+        replayed.errors(torch.tensor([0]), torch.tensor([1]))  # asked again: not paid again
+        assert replayed.asked.flops == totals[-1]
+    assert totals[0] < 8 * denoiser.flops < totals[1]
+    with ErrorStore(tmp_path / "filled") as store: cost = fill(store, denoiser, [short, long], PLAN[:4])
+    sources = [StoredErrors(ErrorStore(tmp_path / "filled"), item, PLAN[:4]) for item in (short, long)]
+    for source in sources: source.errors(*every)
+    assert sum(source.asked for source in sources).flops == cost.flops
+
+
+def test_parts_without_prices_are_read_and_billed_as_usual(tmp_path, denoiser):
+    items = make_items(2)
+    with ErrorStore(tmp_path) as store: fill(store, denoiser, items, PLAN)
+    for path in tmp_path.glob("errors-*"): parquet.write_table(parquet.read_table(path).drop_columns("flops"), path)
+    old = StoredErrors(ErrorStore(tmp_path), items[0], PLAN)
+    assert torch.equal(old.errors(torch.arange(3), torch.arange(10)), StoredErrors(store, items[0], PLAN).errors(torch.arange(3), torch.arange(10)))
+    assert old.asked.flops == 30 * denoiser.flops
+    compact(again := ErrorStore(tmp_path))
+    assert len(again) == 60 and torch.equal(stacked(ErrorStore(tmp_path), PLAN)[0], stacked(store, PLAN)[0])
