@@ -435,7 +435,7 @@ class Bench:
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
     difficulty: str = "close"  # of the classifier's items: close, crowd-100 or crowd-1000
-    items: Optional[int] = None  # pictures; default 500, 60 and 12
+    items: Optional[int] = None  # pictures; default 500, 300 and 12
     samples: Optional[int] = None  # of the exhaustive schedule; default 128, 32 and 16
     models: str = "generator"  # read as classifiers, with commas between them: generator, generator-decoupled, generator-repa
     errors: Optional[Path] = None  # folder that keeps every error: a run that was stopped goes on there; default one in the cache, named after model and items

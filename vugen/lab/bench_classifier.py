@@ -35,7 +35,7 @@ class Setting:
     def range_of(self, model): return self.times if model == "generator" else self.baseline_times
 
 _CROWD_TIMES = dict(times=(.35, .8), baseline_times=(.35, .7))
-SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 32, **_CROWD_TIMES), "crowd-1000": Setting(12, 16, **_CROWD_TIMES)}
+SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(300, 32, **_CROWD_TIMES), "crowd-1000": Setting(12, 16, **_CROWD_TIMES)}
 LEVELS = (.5, .2, .1, .05, .01)
 BLOCK = 8  # samples of a block in the second row of races
 MODELS = ("generator", "generator-decoupled", "generator-repa")
