@@ -1,5 +1,11 @@
 "The bench of the classifier: arithmetic by hand, intervals against simulation, and a run on four items that resumes without a network."
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +33,11 @@ def test_rows_by_hand():
     staged = Outcome("Li's stages", "Li's stages, nested", winners=[0, 0, 0, 0], calls=[10] * 4, rounds=[2] * 4, decided=[True] * 4)
     race = Outcome("racing", "racing 0.1", .1, winners=[0, None, 1, 1], calls=[2, 4, 4, 6], rounds=[1, 2, 2, 3], decided=[True, True, True, False])
     for each in (full, staged, race): each.samples.update([1, 3])
-    rows = outcome_rows([full, staged, race], [0, 0, 0, 0], {"difficulty": "close", "model": "generator"}, tokens=64, flops=1e9, batches={1: .1, 2: .15})
+    rows = outcome_rows([full, staged, race], [0, 0, 0, 0], {"difficulty": "close", "model": "generator"}, tokens=64, flops=[1e9, 1e9, 2e9, 1e9], batches={1: .1, 2: .15})
     found = {row["metric"]: row for row in rows if row["schedule"] == "racing 0.1"}
     assert found["accuracy"]["value"] == .25 and found["accuracy less exhaustive"]["value"] == -.5 and found["other winner than exhaustive"]["value"] == .5
     assert found["calls an item"]["value"] == 4 and found["calls an item"]["ratio_to"] == {"exhaustive": 5, "plateau": 5, "Li's stages": 2.5}
-    assert found["tokens an item"]["value"] == 256 and found["GFLOP an item"]["value"] == 4 and found["rounds an item"]["value"] == 2
+    assert found["tokens an item"]["value"] == 256 and found["GFLOP an item"]["value"] == (2 + 4 + 2 * 4 + 6) / 4 and found["rounds an item"]["value"] == 2
     assert found["seconds an item, alone"]["value"] == pytest.approx(.3) and found["seconds an item, many at a time"]["value"] == pytest.approx(.3)
     assert found["decided before the budget"]["value"] == .75 and found["samples a candidate"]["histogram"] == {"1": 1, "3": 1}
     assert found["fewer calls than exhaustive"]["value"] == 5 and found["fewer calls than exhaustive"]["low"] <= 5 <= found["fewer calls than exhaustive"]["high"]
@@ -101,7 +107,104 @@ def test_plans_differ_between_items_and_keep_to_the_range():
     assert all(.1 <= float(plan.times.min()) and float(plan.times.max()) <= .7 for plan in plans) and plans[0].seed != plans[1].seed
 
 
+def test_prices_are_those_of_every_items_captions():
+    from vugen.understand.scorers import Parts
+    parts = Parts()
+    items, denoiser = bench_items("close", 2, parts.world), bench_classifier.load_denoiser(parts, "generator", "bf16")
+    assert bench_classifier.call_prices(denoiser, items) == [denoiser.flops_of(denoiser.prepare(list(item.captions))) for item in items]
+    assert len(set(bench_classifier.call_prices(denoiser, items))) == 2
+    class Plain: flops = 5
+    assert bench_classifier.call_prices(Plain(), items) == [5., 5.]
+
+
+def test_weights_and_losses_by_hand():
+    "One sample of each time: the first time is right under squares, the last under absolute values; the fitted weight finds out which"
+    draw, truths = np.random.default_rng(0), [0, 1] * 20
+    losses, times = [], torch.tensor([.3, .5, .7], dtype=torch.float64)
+    for truth in truths:
+        table = torch.from_numpy(draw.normal(size=(2, 3, 3)) + 9)
+        table[truth, 0, 0] -= 8  # l2 at t = 0.3
+        table[truth, 2, 1] -= 8  # l1 at t = 0.7
+        table[1 - truth, 1:, 0] -= 6  # squares mislead later
+        losses.append(table)
+    rows = {(row["loss"], row["weight"]): row for row in bench_classifier.weight_rows(losses, [times] * 40, truths, {"difficulty": "d", "model": "m"})}
+    means = torch.stack([table[..., 0].mean(1) for table in losses])
+    assert rows["l2", "uniform"]["value"] == pytest.approx(np.mean([int(mean.argmin()) == truth for mean, truth in zip(means, truths)])) and rows["l2", "uniform"]["value"] < .3
+    assert rows["l2", "fitted"]["value"] > .95 and rows["l1", "uniform"]["value"] > .95 and all(row["n"] == 40 and row["low"] <= row["value"] <= row["high"] for row in rows.values())
+    ties = bench_classifier.weight_rows([torch.ones(2, 3, 3)] * 4, [times] * 4, [0] * 4, {"difficulty": "d", "model": "m"})
+    assert all(row["value"] == 0 for row in ties)  # a tie is no win
+
+
 # the whole measurement
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    "No test meets the user's cache"
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+
+
+def ran(words):
+    with pytest.raises(SystemExit) as done: main(["bench", "classifier", *words])
+    assert done.value.code == 0
+
+
+def computed(path): return [row["value"] for row in json.loads(path.read_text())["rows"] if row["metric"] == "calls computed now"]
+
+
+def same_numbers(path):
+    "All rows but those that tell seconds and how much was new"
+    return [row for row in json.loads(path.read_text())["rows"] if "econds" not in row["metric"] and "computed" not in row["metric"]]
+
+
+def test_errors_are_kept_without_being_told_to(tmp_path, capsys):
+    words = ["--samples", "4", "--json"]
+    ran(["--items", "4", *words, str(tmp_path / "first.json")])
+    (folder,) = (tmp_path / "cache/bench/classifier").iterdir()
+    assert f"errors of generator are kept in {folder} (there already: 0)" in capsys.readouterr().err and folder.name.startswith("close-generator-") and len(ErrorStore(folder)) == 32
+    ran(["--items", "4", *words, str(tmp_path / "second.json")])
+    assert f"{folder} (there already: 32)" in capsys.readouterr().err and computed(tmp_path / "second.json") == [0] and same_numbers(tmp_path / "second.json") == same_numbers(tmp_path / "first.json")
+    ran(["--items", "6", *words, str(tmp_path / "more.json")])  # more of the same items go on from there
+    assert computed(tmp_path / "more.json") == [16] and str(tmp_path) not in (tmp_path / "more.json").read_text()
+    assert list((tmp_path / "cache/bench/classifier").iterdir()) == [folder]
+
+
+def test_other_weights_precisions_and_items_lie_elsewhere():
+    from types import SimpleNamespace
+    from vugen.data.scenes import World
+    made = lambda mark="a", name="close", world=World(), seed=0: bench_classifier.errors_folder(SimpleNamespace(name="generator", fingerprint=mark), name, world, seed)
+    assert made() == made() and len({made(), made("b"), made(name="crowd-100"), made(world=World(clutter=3)), made(seed=1)}) == 5
+
+
+LIVE = """
+import sys
+from vugen.understand.error_store import ErrorStore
+ErrorStore.__init__.__defaults__ = (1, 0.0)  # a part is written after every few batches, not after half a minute
+from vugen.lab.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_bench_that_is_killed_goes_on_to_the_same_rows(tmp_path):
+    words = ["--items", "24", "--samples", "32", "--json"]
+    folder = tmp_path / "killed"
+    run = subprocess.Popen([sys.executable, "-c", LIVE, "bench", "classifier", "--errors", str(folder), *words, str(tmp_path / "never.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not list(folder.glob("errors-*.parquet")) and time.monotonic() < deadline and run.poll() is None: time.sleep(.005)
+    finally: run.kill(); run.wait()
+    assert run.returncode == -signal.SIGKILL and not (tmp_path / "never.json").exists()
+    kept = len(ErrorStore(folder))
+    assert 0 < kept < 24 * 2 * 32
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        ran(["--errors", str(folder), *words, str(tmp_path / "resumed.json")])
+        ran([*words, str(tmp_path / "whole.json")])
+    finally: torch.set_num_threads(threads)
+    assert computed(tmp_path / "resumed.json") == [24 * 2 * 32 - kept] and computed(tmp_path / "whole.json") == [24 * 2 * 32]
+    assert same_numbers(tmp_path / "resumed.json") == same_numbers(tmp_path / "whole.json")
+
 
 def test_a_small_run_and_its_resumption(tmp_path, capsys, monkeypatch):
     words = ["bench", "classifier", "--items", "4", "--samples", "4", "--errors", str(tmp_path / "store"), "--json"]
@@ -127,10 +230,14 @@ def test_the_table_is_the_networks_own():
     parts, setting = Parts(), SETTINGS["close"].__class__(2, 4, (.2, .8), (.2, .8))
     items, denoiser = bench_items("close", 2, parts.world), bench_classifier.load_denoiser(parts, "generator", "fp32")
     import tempfile
-    with tempfile.TemporaryDirectory() as folder: tables, times, spent = bench_classifier.stored_tables(ErrorStore(folder), denoiser, items, setting)
+    with tempfile.TemporaryDirectory() as folder: tables, times, losses, spent = bench_classifier.stored_tables(ErrorStore(folder), denoiser, items, setting)
     plan = item_plan(setting, "generator", 1)
     direct = denoising_errors(parts.generator.velocity, parts.generator.encode_images(items[1].pixels()[None]), list(items[1].captions), plan.times.float(), plan.noises(denoiser.shape), parts.generator.prompt_cache)
     assert torch.allclose(tables[1].float(), direct[0], rtol=1e-3) and spent.calls == 16 and torch.equal(times[1], plan.times)
+    clean, noises, t = parts.generator.encode_images(items[1].pixels()[None]), plan.noises(denoiser.shape), plan.times.float()
+    with torch.no_grad(): velocity = parts.generator.velocity(t.view(-1, 1, 1) * clean + (1 - t.view(-1, 1, 1)) * noises, t, parts.generator.prompt_cache([items[1].captions[0]] * 4))
+    for place, loss in enumerate((torch.nn.functional.mse_loss, torch.nn.functional.l1_loss, torch.nn.functional.huber_loss)):  # all three are in the store, whatever was asked for
+        assert torch.allclose(losses[1][0, :, place], loss(velocity, clean - noises, reduction="none").sum((1, 2)), rtol=1e-3), loss
 
 
 @pytest.mark.parametrize("words, said", [(dict(difficulty="far"), "no difficulty"), (dict(items=1), "--items"), (dict(models="vae"), "no model 'vae'"), (dict(models=" "), "no model"),
@@ -165,4 +272,11 @@ def test_the_close_items_are_in_their_band(model):
 
 def test_races_stop_no_more_often_than_their_level_allows_on_real_differences():
     found = [row for row in committed() if row["family"] == "null"]
-    assert len(found) == 8 and all(row["low"] <= 2 * row["setting"] for row in found)
+    assert len(found) == 16 and {row["block"] for row in found} == {1, 8} and all(row["low"] <= 2 * row["setting"] for row in found)
+
+
+def test_committed_rows_tell_every_level_of_both_races():
+    for name, model in {(row["difficulty"], row["model"]) for row in committed() if "schedule" in row}:
+        for family in ("racing", "racing, blocks of 8"):
+            found = {row["setting"] for row in committed() if row["metric"] == "other winner than exhaustive" and (row["difficulty"], row["model"], row["family"]) == (name, model, family)}
+            assert found == set(bench_classifier.LEVELS), (name, model, family)

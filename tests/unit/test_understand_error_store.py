@@ -226,6 +226,58 @@ def test_two_writers_and_compaction(tmp_path, denoiser):
     assert torch.equal(stacked(ErrorStore(tmp_path), PLAN)[0], whole) and torch.equal(stacked(ErrorStore(tmp_path))[0], whole)
 
 
+WRITER = """
+import sys
+from tests_store import MixtureDenoiser, WORLD, make_items, PLAN
+from vugen.understand.error_store import ErrorStore, fill
+with ErrorStore(sys.argv[1]) as store: fill(store, MixtureDenoiser(WORLD), make_items(5)[int(sys.argv[2]):], PLAN)
+"""
+
+
+def another_process(tmp_path, folder, first):
+    "A second writer: a process of its own that fills items from number `first` on"
+    (tmp_path / "tests_store.py").write_text(textwrap.dedent(HELPER))
+    place = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    subprocess.run([sys.executable, "-c", WRITER, str(folder), str(first)], env={**os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1"}, check=True)
+
+
+@pytest.mark.parametrize("moment", ["after reading", "before removing"])
+def test_compaction_keeps_what_another_process_wrote_meanwhile(tmp_path, denoiser, monkeypatch, moment):
+    folder, items = tmp_path / "store", make_items(5)
+    store = ErrorStore(folder)
+    fill(store, denoiser, items[:3], PLAN)
+    told, calls = store.flush, []
+    def flush():
+        calls.append(len(calls))
+        if moment == "after reading" and len(calls) == 1: another_process(tmp_path, folder, 3)
+        told()
+        if moment == "before removing" and len(calls) == 2: another_process(tmp_path, folder, 3)
+    monkeypatch.setattr(store, "flush", flush)
+    compact(store)
+    assert len(calls) == 2 and len(list(folder.glob("errors-*.parquet"))) == 2
+    again = ErrorStore(folder)
+    assert len(again) == 150 and fill(again, denoiser, items, PLAN).calls == 0
+    whole = ErrorStore(tmp_path / "whole")
+    fill(whole, denoiser, items, PLAN)
+    assert torch.equal(stacked(again, PLAN)[0], stacked(whole, PLAN)[0])
+
+
+def test_a_part_that_is_compacted_away_while_another_reads_is_not_lost(tmp_path, denoiser, monkeypatch):
+    "The reader has the list of parts, and another process puts one in their place before it opens them"
+    from vugen.understand import error_store
+    folder, items, read = tmp_path / "store", make_items(4), error_store._read_part
+    for item in items: fill(ErrorStore(folder), denoiser, [item], PLAN)
+    waiting = [True]
+    def read_late(path, columns):
+        if waiting: waiting.clear(); compact(ErrorStore(folder))
+        return read(path, columns)
+    monkeypatch.setattr(error_store, "_read_part", read_late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reader = ErrorStore(folder)
+    assert len(list(folder.glob("errors-*"))) == 1 and len(reader) == 120 and fill(reader, denoiser, items, PLAN).calls == 0
+
+
 def test_noise_bank_starts_anew_when_full():
     bank = NoiseBank((2,), torch.device("cpu"), capacity=4)
     fresh = NoiseBank((2,), torch.device("cpu"), capacity=100)
@@ -340,3 +392,40 @@ def test_a_generator_in_the_store(tmp_path):
     assert cost.calls == 90 and cost.tokens == 90 * 16 and cost.flops == 90 * denoiser.flops_of(denoiser.prepare(samples["captions"]))
     live = [LiveErrors(ErrorStore(tmp_path / "b"), denoiser, item, PLAN).errors(torch.arange(3), torch.arange(10)) for item in items]
     assert torch.allclose(torch.stack(live), stacked(store, PLAN)[0], rtol=1e-4)
+
+
+def test_a_call_is_billed_at_the_length_of_its_captions(tmp_path):
+    "Against the counter of torch on the very call, not at the usual sixteen tokens"
+    from test_understand_denoisers import toy
+    from vugen.data.scenes import World, batch
+    from vugen.understand.denoisers import GeneratorDenoiser, counted_flops
+    samples, denoiser = batch(World(), 0, range(2)), GeneratorDenoiser(toy())
+    short, long = (ClassifierItem(name, captions, 0, image) for name, captions, image in zip(("short", "long"), (("red", "blue"), ("a red circle " * 9, "blue")), samples["images"]))
+    every, totals = (torch.arange(2), torch.arange(4)), []
+    for item in (short, long):
+        conditions = denoiser.prepare(list(item.captions))
+        noisy = torch.zeros(1, *denoiser.shape)
+        totals.append(8 * counted_flops(lambda: denoiser.velocity(noisy, torch.full((1,), .5), conditions.select(torch.tensor([1])))))
+        with ErrorStore(tmp_path / item.key) as store: live = LiveErrors(store, denoiser, item, PLAN[:4]); live.errors(*every)
+        replayed = StoredErrors(ErrorStore(tmp_path / item.key), item, PLAN[:4])
+        assert replayed.asked.flops == 0
+        replayed.errors(*every)
+        assert live.asked.flops == live.cost.flops == replayed.asked.flops == totals[-1] and replayed.asked.calls == 8
+        replayed.errors(torch.tensor([0]), torch.tensor([1]))  # asked again: not paid again
+        assert replayed.asked.flops == totals[-1]
+    assert totals[0] < 8 * denoiser.flops < totals[1]
+    with ErrorStore(tmp_path / "filled") as store: cost = fill(store, denoiser, [short, long], PLAN[:4])
+    sources = [StoredErrors(ErrorStore(tmp_path / "filled"), item, PLAN[:4]) for item in (short, long)]
+    for source in sources: source.errors(*every)
+    assert sum(source.asked for source in sources).flops == cost.flops
+
+
+def test_parts_without_prices_are_read_and_billed_as_usual(tmp_path, denoiser):
+    items = make_items(2)
+    with ErrorStore(tmp_path) as store: fill(store, denoiser, items, PLAN)
+    for path in tmp_path.glob("errors-*"): parquet.write_table(parquet.read_table(path).drop_columns("flops"), path)
+    old = StoredErrors(ErrorStore(tmp_path), items[0], PLAN)
+    assert torch.equal(old.errors(torch.arange(3), torch.arange(10)), StoredErrors(store, items[0], PLAN).errors(torch.arange(3), torch.arange(10)))
+    assert old.asked.flops == 30 * denoiser.flops
+    compact(again := ErrorStore(tmp_path))
+    assert len(again) == 60 and torch.equal(stacked(ErrorStore(tmp_path), PLAN)[0], stacked(store, PLAN)[0])

@@ -250,6 +250,32 @@ def test_the_best_candidate_is_seldom_dropped(candidates):
     assert np.mean(lost) <= .1 + 3 * math.sqrt(.09 / 250)
 
 
+def wrongly_dropped(block, level, width, runs=500):
+    "Share of races in which a candidate as good as the other is dropped, its differences a lognormal's mean less the lognormal: mostly a little worse, seldom far better"
+    draw, lost = np.random.default_rng(5), 0
+    for _ in range(runs):
+        difference = math.exp(width**2 / 2) - draw.lognormal(0, width, 200)
+        found = Racing(level, block=block).decide(TableErrors(torch.from_numpy(np.stack([np.zeros(200), difference]))))
+        lost += found.stopped_by == "test" and found.winner == 0
+    return lost / runs
+
+
+@pytest.mark.parametrize("level", [.2, .05])
+def test_on_skewed_differences_single_samples_break_the_level_and_blocks_keep_it(level):
+    "Skew 1.75, beyond what 19 of 20 of the embedded generator's items have"
+    error = math.sqrt(level * (1 - level) / 500)
+    assert wrongly_dropped(8, level, .5) <= level + 2 * error
+    assert wrongly_dropped(1, level, .5) > level + 3 * error  # the default is fast, and no promise here
+
+
+def test_blocks_of_eight_are_too_short_for_a_skew_of_six():
+    "So far the promise goes: more samples make a block where the skew is so large"
+    values = math.exp(.5) - np.random.default_rng(7).lognormal(0, 1, (4000, 256))
+    ever = {size: (student_evidence(blocks(values, size)).max(1) >= math.log(20)).mean() for size in (1, 8, 32)}
+    error = math.sqrt(.05 * .95 / 4000)
+    assert ever[1] > .2 > ever[8] > .05 + 3 * error and ever[32] <= .05 + 2 * error
+
+
 def test_without_replacement_from_a_plan_of_mean_zero():
     "A fixed plan in random order: differences that sum to zero over the plan are a true null, whatever their order in time"
     wrong = []

@@ -435,10 +435,10 @@ class Bench:
     root: Optional[Path] = None  # folder of checkpoints
     device: str = "auto"  # auto, cpu or cuda
     difficulty: str = "close"  # of the classifier's items: close, crowd-100 or crowd-1000
-    items: Optional[int] = None  # pictures; default 500, 60 and 12
+    items: Optional[int] = None  # pictures; default 500, 300 and 12
     samples: Optional[int] = None  # of the exhaustive schedule; default 128, 32 and 16
     models: str = "generator"  # read as classifiers, with commas between them: generator, generator-decoupled, generator-repa
-    errors: Optional[Path] = None  # folder that keeps every error: a run that was stopped goes on there
+    errors: Optional[Path] = None  # folder that keeps every error: a run that was stopped goes on there; default one in the cache, named after model and items
     precision: str = "auto"  # of the classifier's network: fp32, bf16, or auto: bf16 where the machine multiplies it
     seed: int = 0  # of the classifier's items
 
@@ -464,7 +464,7 @@ def _classifier(verb, command, device, progress):
     root, setting = root_of(verb.root), setting_of(verb)
     run = run_record(command, verb.seed, root, device, difficulty=verb.difficulty, items=setting.items, samples=setting.samples, models=model_names(verb.models))
     save = lambda rows: write_json(verb.json, {"device": run["hardware"], "run": run, "rows": rows})
-    rows = classifier_bench(verb, str(device), progress, save if verb.json and str(verb.json) != "-" else lambda rows: None)
+    rows = classifier_bench(verb, str(device), progress, save if verb.json and str(verb.json) != "-" else lambda rows: None, lambda words: print(words, file=sys.stderr, flush=True))
     if verb.json: save(rows)
     if str(verb.json) != "-": show_classifier(rows)
 

@@ -5,24 +5,23 @@
 # %% ../../nbs/lab/bench_classifier.ipynb #19a93199
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..errors import UserError
 
 # %% auto #0
-__all__ = ['SETTINGS', 'LEVELS', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'Setting', 'Autocast', 'load_denoiser',
+__all__ = ['SETTINGS', 'LEVELS', 'BLOCK', 'MODELS', 'PRECISIONS', 'COLUMNS', 'COLORS', 'Setting', 'Autocast', 'load_denoiser',
            'bench_items', 'item_plan', 'bench_schedules', 'Outcome', 'replay_schedules', 'crossed_sharpness',
-           'paired_difference', 'call_seconds', 'schedule_seconds', 'plateau', 'outcome_rows', 'one_sample_row',
-           'published_row', 'null_rows', 'stored_tables', 'model_rows', 'check_classifier', 'model_names', 'setting_of',
-           'classifier_bench', 'classifier_table', 'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples',
-           'plot_levels', 'headline']
+           'paired_difference', 'call_seconds', 'schedule_seconds', 'call_prices', 'plateau', 'outcome_rows',
+           'one_sample_row', 'published_row', 'null_rows', 'weight_rows', 'stored_tables', 'model_rows',
+           'check_classifier', 'model_names', 'setting_of', 'errors_folder', 'classifier_bench', 'classifier_table',
+           'show_classifier', 'cheapest', 'plot_accuracy', 'plot_samples', 'plot_levels', 'headline']
 
 # %% ../../nbs/lab/bench_classifier.ipynb #ab50e865
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class Setting:
     def range_of(self, model): return self.times if model == "generator" else self.baseline_times
 
 _CROWD_TIMES = dict(times=(.35, .8), baseline_times=(.35, .7))
-SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(60, 32, **_CROWD_TIMES), "crowd-1000": Setting(12, 16, **_CROWD_TIMES)}
+SETTINGS = {"close": Setting(500, 128, (.1, .95), (.1, .7)), "crowd-100": Setting(300, 32, **_CROWD_TIMES), "crowd-1000": Setting(12, 16, **_CROWD_TIMES)}
 LEVELS = (.5, .2, .1, .05, .01)
+BLOCK = 8  # samples of a block in the second row of races
 MODELS = ("generator", "generator-decoupled", "generator-repa")
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -104,6 +104,7 @@ def bench_schedules(
             "halving": [halving_stages(candidates, samples, factor, first) for factor, first in ((4, 1), (4, 2), (2, 2)) if first < samples] if candidates > 2 else [],
             "paired t-test": [PairedTTest(p, min(minimum, samples)) for p, minimum in ((2e-3, 20), (2e-3, 5), (.05, 5)) if samples > minimum],
             "racing": [Racing(level) for level in LEVELS] + [Racing(.05, test) for test in ("sign", "asymptotic")],
+            f"racing, blocks of {BLOCK}": [Racing(level, block=BLOCK) for level in LEVELS] if samples >= BLOCK else [],
             "posterior": [PosteriorRacing(sharpness, level) for level in LEVELS],
             "posterior, from 4": [PosteriorRacing(sharpness, level, minimum=4) for level in LEVELS] if candidates == 2 and samples > 4 else []}
 
@@ -194,6 +195,16 @@ def schedule_seconds(
     else: round_seconds = spent[place - 1] + (spent[place] - spent[place - 1]) * (size - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
     return rounds * round_seconds, calls * spent[-1] / sizes[-1]
 
+# %% ../../nbs/lab/bench_classifier.ipynb #19371371
+def call_prices(
+    denoiser,
+    items: Sequence,  # I, of `bench_items`
+) -> list[float]:  # I
+    "Operations of a call for each item, as the network counts them under that item's captions"
+    from vugen.understand.denoisers import call_flops
+    if not hasattr(denoiser, "flops_of"): return [float(denoiser.flops)] * len(items)
+    return [call_flops(denoiser, denoiser.prepare(list(item.captions))) for item in items]
+
 # %% ../../nbs/lab/bench_classifier.ipynb #0ae8ed26
 def plateau(
     outcomes: Sequence[Outcome],  # the full exhaustive one first
@@ -214,7 +225,7 @@ def outcome_rows(
     truths: Sequence[int],  # I
     same: dict,  # what all rows have: difficulty, model, candidates, samples …
     tokens: float,  # of a call
-    flops: float,  # of a call
+    flops: Sequence[float],  # I: of a call for each item, see `call_prices`
     batches: dict,  # of `call_seconds`
 ) -> list[dict]:
     "Long rows of a bench, a 95% interval wherever items vary"
@@ -246,7 +257,7 @@ def _spent(outcome, against, tokens, flops, batches):
     ratio, most = {"ratio_to": {name: round(mean(other.calls) / calls.value, 3) for name, other in against.items()}}, mean(against["exhaustive"].calls)
     alone, together = schedule_seconds(calls.value, rounds, batches)
     return [("calls an item", calls.value, "1", {**ratio, "low": calls.low, "high": calls.high}), ("fewer calls than exhaustive", most / calls.value, "1", {"low": most / calls.high, "high": most / calls.low}),
-            ("tokens an item", calls.value * tokens, "1", ratio), ("GFLOP an item", calls.value * flops / 1e9, "GFLOP", ratio),
+            ("tokens an item", calls.value * tokens, "1", ratio), ("GFLOP an item", mean([count * price for count, price in zip(outcome.calls, flops, strict=True)]) / 1e9, "GFLOP", ratio),
             ("seconds an item, alone", alone, "s", {}), ("seconds an item, many at a time", together, "s", {}), ("rounds an item", rounds, "1", {}),
             ("samples a candidate", sum(count * number for count, number in samples) / sum(outcome.samples.values()), "1", {"histogram": {str(count): number for count, number in samples}})]
 
@@ -286,16 +297,48 @@ def null_rows(
     from vugen.understand.schedules import Racing, TableErrors
     import torch
     rows = []
-    for order in ("plan", "random"):
-        for level in levels:
-            stops = 0
-            for number, table in enumerate(tables):
-                difference = table[1] - table[0]
-                source = TableErrors(torch.stack([torch.zeros_like(difference), difference - difference.mean()]))
-                stops += Racing(level, order=order, seed=number).decide(source).stopped_by == "test"
-            share = wilson(stops, len(tables))
-            rows.append({"case": f"{same['difficulty']}, {same['model']}, racing {level:g}, no difference, {order} order", "metric": "stops", "value": share.value, "unit": "1", "ratio_to": None, "low": _short(share.low), "high": _short(share.high), "n": share.n, **same, "family": "null", "setting": level, "order": order})
+    for order, level, block in itertools.product(("plan", "random"), levels, (1, BLOCK)):
+        stops = 0
+        for number, table in enumerate(tables):
+            difference = table[1] - table[0]
+            source = TableErrors(torch.stack([torch.zeros_like(difference), difference - difference.mean()]))
+            race = Racing(level, block=block, order=order, seed=number)
+            stops += race.decide(source).stopped_by == "test"
+        share = wilson(stops, len(tables))
+        rows.append({"case": f"{same['difficulty']}, {same['model']}, {race.name}, no difference, {order} order", "metric": "stops", "value": share.value, "unit": "1", "ratio_to": None, "low": _short(share.low), "high": _short(share.high), "n": share.n, **same, "family": "null", "setting": level, "order": order, "block": block})
     return rows
+
+# %% ../../nbs/lab/bench_classifier.ipynb #a249230d
+def weight_rows(
+    losses: Sequence,  # I tensors [C, S, 3], see `vugen.understand.diffusion_classifier.residual_losses`
+    times: Sequence,  # I tensors [S]
+    truths: Sequence[int],  # I
+    same: dict,
+) -> list[dict]:
+    "Accuracy of all samples under every loss and weight, and under weights that were fitted on the other half of the items"
+    import torch
+    from vugen.evaluate.intervals import wilson
+    from vugen.understand.diffusion_classifier import LOSSES, WEIGHTS, weighted
+    stack, when, right = torch.stack(list(losses)), torch.stack(list(times)), torch.tensor(truths)
+    rows = []
+    for loss in LOSSES:
+        scores = {name: weighted(stack, when[:, None], loss, weight).mean(2) for name, weight in WEIGHTS.items()}
+        scores["fitted"] = _crossed_scores(weighted(stack, when[:, None], loss), right, when)
+        for name, means in scores.items():
+            mine = means.gather(1, right[:, None])
+            share = wilson(int(((means > mine).sum(1) == means.shape[1] - 1).sum()), len(truths))  # a tie is no win
+            rows.append({"case": f"{same['difficulty']}, {same['model']}, {loss}, weight {name}", "metric": "accuracy", "value": _short(share.value), "unit": "1", "ratio_to": None, "low": _short(share.low), "high": _short(share.high), "n": share.n, **same, "family": "weights", "loss": loss, "weight": name})
+    return rows
+
+def _crossed_scores(errors, right, when):
+    "[I, C], each half of the items under the weight fitted on the other"
+    import torch
+    from vugen.understand.diffusion_classifier import fit_time_weight
+    found, even = torch.empty(errors.shape[:2], dtype=torch.float64), torch.arange(len(errors)) % 2 == 0
+    for half in (even, ~even):
+        weight = fit_time_weight(errors[~half], right[~half], when[~half], interval=(float(when.min()), float(when.max())))
+        found[half] = (errors[half] * weight(when[half])[:, None]).mean(2)
+    return found
 
 # %% ../../nbs/lab/bench_classifier.ipynb #401a7366
 def stored_tables(
@@ -304,7 +347,7 @@ def stored_tables(
     items: Sequence,  # of `bench_items`
     setting: Setting,
     progress: Callable | None = None,  # called with (done, in all, seconds)
-) -> tuple:  # tables, times, and the `Cost` of what was computed now
+) -> tuple:  # tables [C, S], times [S], all three losses [C, S, 3] of each item, and the `Cost` of what was computed now
     "All errors of all items, computed where the store lacks them"
     import torch
     from vugen.understand.error_store import StoredErrors, fill
@@ -312,7 +355,7 @@ def stored_tables(
     spent = fill(store, denoiser, items, plan_of, batch_size=128, block=max(1, 512 // len(items[0].captions)), progress=progress)
     sources = [StoredErrors(store, item, plan_of(number), denoiser.fingerprint) for number, item in enumerate(items)]
     every = [torch.arange(count) for count in (len(items[0].captions), setting.samples)]
-    return [source.errors(*every) for source in sources], [source.plan.times for source in sources], spent
+    return [source.errors(*every) for source in sources], [source.plan.times for source in sources], [source.table for source in sources], spent
 
 def model_rows(
     name: str,  # of the model
@@ -324,14 +367,13 @@ def model_rows(
     progress: Callable | None = None,  # called with (what, done, in all)
 ) -> list[dict]:
     "Rows of one model"
-    from vugen.understand.denoisers import call_flops
     tick = (lambda done, total, seconds: progress(f"errors of {name}", done, total)) if progress else None
-    tables, times, spent = stored_tables(store, denoiser, items, setting, tick)
+    tables, times, losses, spent = stored_tables(store, denoiser, items, setting, tick)
     truths = [item.label for item in items]
     same = {"difficulty": difficulty, "model": name}
     table = {"candidates": len(items[0].captions), "samples": setting.samples, "times": list(setting.range_of(name)), "precision": "bf16" if isinstance(denoiser, Autocast) else "fp32", "sharpness": sorted(set(sharpness := crossed_sharpness(tables)))}
-    flops, batches = call_flops(denoiser, denoiser.prepare(list(items[0].captions[:16]))), call_seconds(denoiser, items[0].captions)
-    rows = [one_sample_row(tables, truths, same), *outcome_rows(replay_schedules(tables, times, sharpness), truths, same, denoiser.tokens, flops, batches)]
+    prices, batches = call_prices(denoiser, items), call_seconds(denoiser, items[0].captions)
+    rows = [one_sample_row(tables, truths, same), *outcome_rows(replay_schedules(tables, times, sharpness), truths, same, denoiser.tokens, prices, batches), *weight_rows(losses, times, truths, same)]
     computed = [{"case": f"{difficulty}, {name}, table of errors", "metric": metric, "value": value, "unit": unit, "ratio_to": None, "n": len(items), **same, **table, "family": "table"} for metric, value, unit in
                 (("calls computed now", float(spent.calls), "1"), ("seconds", spent.seconds, "s"), ("milliseconds a call in batches of 64", 1000 * batches[64] / 64, "ms"))]
     return rows + computed + (null_rows(tables, same) if len(items[0].captions) == 2 else [])
@@ -357,11 +399,25 @@ def setting_of(verb) -> Setting:
     usual = SETTINGS[verb.difficulty]
     return replace(usual, items=verb.items or usual.items, samples=verb.samples or usual.samples)
 
+def errors_folder(
+    denoiser,
+    name: str,  # of a difficulty
+    world,  # that the model was trained on
+    seed: int = 0,  # of the items
+) -> Path:
+    "The folder of the cache that keeps the errors of a model on these items, however many; a change of weights, precision or items names another"
+    from vugen.paths import cache_dir
+    from vugen.understand.denoisers import combined_fingerprint
+    from vugen.understand.difficulty import difficulty
+    mark = combined_fingerprint(denoiser.fingerprint, asdict(difficulty(name)), asdict(world), seed)
+    return cache_dir() / "bench" / "classifier" / f"{name}-{denoiser.name}-{mark}"
+
 def classifier_bench(
     verb,  # a `vugen.lab.bench.Bench` named classifier
     device: str = "cpu",
     progress: Callable | None = None,  # called with (what, done, in all)
     save: Callable = lambda rows: None,  # called with the rows so far after each model
+    tell: Callable = lambda words: None,  # called with a sentence on where the errors of a model are kept, before they are computed
 ) -> list[dict]:
     "All schedules on all models: long rows"
     from vugen.understand.difficulty import difficulty
@@ -372,12 +428,11 @@ def classifier_bench(
     models = {name: load_denoiser(parts, name, verb.precision, device) for name in model_names(verb.models)}
     items = bench_items(verb.difficulty, setting.items, parts.world, verb.seed)
     rows = [published_row({"difficulty": verb.difficulty, "candidates": difficulty(verb.difficulty).candidates})]
-    with contextlib.ExitStack() as stack:
-        folder = verb.errors or stack.enter_context(tempfile.TemporaryDirectory())
-        store = stack.enter_context(ErrorStore(folder))
-        for name, denoiser in models.items():
+    for name, denoiser in models.items():
+        with ErrorStore(verb.errors or errors_folder(denoiser, verb.difficulty, parts.world, verb.seed)) as store:
+            tell(f"errors of {name} are kept in {store.folder} (there already: {len(store)})")
             rows += model_rows(name, denoiser, items, verb.difficulty, setting, store, progress)
-            save(rows)
+        save(rows)
     return rows
 
 # %% ../../nbs/lab/bench_classifier.ipynb #2695498d
@@ -390,7 +445,7 @@ def classifier_table(
     lines = {}
     for row in rows:
         if "schedule" not in row: continue
-        line = lines.setdefault((row["difficulty"], row["model"], row["schedule"]), {"difficulty": row["difficulty"], "model": row["model"], "schedule": row["schedule"]})
+        line = lines.setdefault((row["difficulty"], row["model"], row["schedule"]), {"difficulty": row["difficulty"], "model": row["model"], "schedule": row["schedule"], "items": row["n"]})
         if row["metric"] in ("accuracy", "accuracy less exhaustive"): line[COLUMNS[row["metric"]]] = f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
         elif row["metric"] == "calls an item": line |= {"calls": f"{row['value']:,.1f}", **{f"× {name}": value for name, value in row["ratio_to"].items()}}
         elif row["metric"] == "seconds an item, many at a time": line["seconds"] = float(f"{row['value']:.3g}")
@@ -415,7 +470,7 @@ def cheapest(
     return min(calls, key=lambda row: row["value"], default=None)
 
 # %% ../../nbs/lab/bench_classifier.ipynb #9c00d335
-COLORS = {"exhaustive": "#666666", "Li's stages": "#1f77b4", "halving": "#17becf", "paired t-test": "#2ca02c", "racing": "#d62728", "posterior": "#9467bd", "posterior, from 4": "#e377c2"}
+COLORS = {"exhaustive": "#666666", "Li's stages": "#1f77b4", "halving": "#17becf", "paired t-test": "#2ca02c", "racing": "#d62728", f"racing, blocks of {BLOCK}": "#ff7f0e", "posterior": "#9467bd", "posterior, from 4": "#e377c2"}
 
 def plot_accuracy(
     rows: Sequence[dict],  # of one difficulty and model
@@ -452,7 +507,7 @@ def plot_levels(
     axis,
 ):
     "How often a race has another winner than all samples would, against its level"
-    for family in ("racing", "posterior", "posterior, from 4"):
+    for family in ("racing", f"racing, blocks of {BLOCK}", "posterior", "posterior, from 4"):
         mine = sorted((row["setting"], row["value"], row["low"], row["high"]) for row in rows if row["metric"] == "other winner than exhaustive" and row["family"] == family and not row["schedule"].endswith(("sign", "asymptotic")))
         if not mine: continue
         level, value, low, high = zip(*mine)

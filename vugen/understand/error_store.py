@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 import uuid
@@ -68,7 +69,7 @@ def suite_items(
 
 # %% ../../nbs/understand/error_store.ipynb #a65ab713
 WORDS = ("model", "item", "picture", "caption")  # columns of text, numbered in memory
-ROW = np.dtype([*((name, "<i4") for name in WORDS), ("t", "<f8"), ("seed", "<i8"), ("noise", "<i8"), ("sign", "<i1"), *((name, "<f4") for name in LOSSES)])
+ROW = np.dtype([*((name, "<i4") for name in WORDS), ("t", "<f8"), ("seed", "<i8"), ("noise", "<i8"), ("sign", "<i1"), *((name, "<f4") for name in LOSSES), ("flops", "<f8")])
 
 def _sample_rows(plan: SamplePlan) -> np.ndarray:
     "The samples of a plan as rows without text and losses"
@@ -99,7 +100,7 @@ def _places(rows: np.ndarray, plan: SamplePlan) -> np.ndarray:
 def _schema():
     "Columns of a part"
     import pyarrow as pa
-    kinds = {"t": pa.float64(), "seed": pa.int64(), "noise": pa.int64(), "sign": pa.int8(), **{name: pa.float32() for name in LOSSES}}
+    kinds = {"t": pa.float64(), "seed": pa.int64(), "noise": pa.int64(), "sign": pa.int8(), **{name: pa.float32() for name in LOSSES}, "flops": pa.float64()}
     return pa.schema([*((name, pa.dictionary(pa.int32(), pa.string())) for name in WORDS), *kinds.items()])
 
 def _part_name(kind: str) -> str:
@@ -107,10 +108,11 @@ def _part_name(kind: str) -> str:
     return f"{kind}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
 
 def _read_part(path: Path, columns):
-    "A part as a table, or None where it is cut off"
+    "A part as a table, or None where it is cut off; a part that is gone raises `FileNotFoundError`"
     import pyarrow as pa
     import pyarrow.parquet as parquet
     try: table = parquet.read_table(path, read_dictionary=[name for name in WORDS if name in columns])
+    except FileNotFoundError: raise
     except (pa.ArrowException, OSError): return None
     if missing := [name for name in columns if name not in table.column_names]: raise UserError(f"{path} is no part of an error store (no column {missing[0]}): move it elsewhere, or name another folder.")
     return table
@@ -146,20 +148,24 @@ class ErrorStore:
 
     def refresh(self) -> ErrorStore:
         "Read what others have written since; `refresh` is called once at the start"
-        broken = []
-        for path in sorted(self.folder.glob("errors-*.parquet")):
-            if path in self._read: continue
-            table = _read_part(path, ROW.names)
-            if table is None: broken.append(path)
-            else: self._index(_rows_of(table, self.code)); self._read.add(path)
-        for path in sorted(self.folder.glob("items-*.parquet")):
-            if path in self._read: continue
-            table = _read_part(path, ("key", "picture", "captions", "label"))
-            if table is None: broken.append(path)
-            else: self.items.update({row["key"]: ClassifierItem(row["key"], tuple(row["captions"]), row["label"], None, row["picture"]) for row in table.to_pylist()}); self._read.add(path)
+        broken = self._read_new("errors", [name for name in ROW.names if name != "flops"], lambda table: self._index(_rows_of(table, self.code)))
+        broken += self._read_new("items", ("key", "picture", "captions", "label"), lambda table: self.items.update(
+            {row["key"]: ClassifierItem(row["key"], tuple(row["captions"]), row["label"], None, row["picture"]) for row in table.to_pylist()}))
         for path in sorted(self.folder.glob("model-*.json")): self.models[path.stem.removeprefix("model-")] = _read_model(path)
         _set_aside(self.folder, broken)
         return self
+
+    def _read_new(self, kind: str, columns: Sequence[str], take: Callable) -> list[Path]:
+        "Give every new part of a kind to `take`; those that are cut off are returned"
+        broken, tried = [], set()
+        while new := sorted(set(self.folder.glob(f"{kind}-*.parquet")) - self._read - tried):
+            tried.update(new)
+            for path in new:
+                try: table = _read_part(path, columns)
+                except FileNotFoundError: continue  # another process compacted: it stands in a newer part, which the next look at the folder finds
+                if table is None: broken.append(path)
+                else: take(table); self._read.add(path)
+        return broken
 
     def _index(self, rows: np.ndarray) -> None:
         "Put rows into their groups"
@@ -192,7 +198,8 @@ class ErrorStore:
 def _rows_of(table, code: Callable) -> np.ndarray:
     "The rows of a table, texts numbered by `code`"
     rows = np.zeros(table.num_rows, ROW)
-    for name in ROW.names:
+    rows["flops"] = np.nan  # of older parts, that do not tell
+    for name in [name for name in ROW.names if name in table.column_names]:
         column = table.column(name).combine_chunks()
         if name not in WORDS: rows[name] = column.to_numpy(zero_copy_only=False); continue
         numbers = np.array([code(word) for word in column.dictionary.to_pylist()], np.int32)
@@ -244,12 +251,14 @@ def append_errors(
     captions: Sequence[str],  # R captions
     plan: SamplePlan,  # of R samples, one a row
     losses: np.ndarray,  # [R, 3], see `residual_losses`
+    flops: float = math.nan,  # of one of these calls, where it is known
 ) -> None:
     "Add rows; a part is written when enough have come together"
     rows = _sample_rows(plan)
     for name, word in zip(WORDS, (model, item.key, picture)): rows[name] = store.code(word)
     rows["caption"] = [store.code(caption) for caption in captions]
     for place, name in enumerate(LOSSES): rows[name] = losses[:, place]
+    rows["flops"] = flops
     store._pending.append(rows)
     store._groups.setdefault((store.code(model), store.code(picture)), []).append(rows)
 
@@ -270,6 +279,19 @@ def write_pending(store: ErrorStore) -> None:
     store._pending, store._pending_items, store._last = [], [], time.monotonic()
 
 # %% ../../nbs/understand/error_store.ipynb #4c1e1fb2
+def _stored(store, model, picture, captions, plan, names):
+    "[C, S, columns] float64 of these candidates and samples, not a number where a column is not known"
+    table = np.full((len(captions), len(plan), len(names)), np.nan)
+    rows = store.group(model, picture)
+    if not len(rows): return table
+    numbers, unique = np.full(len(store.words), -1), list(dict.fromkeys(captions))
+    for place, caption in enumerate(unique):
+        if caption in store._code: numbers[store._code[caption]] = place
+    line, place = numbers[rows["caption"]], _places(rows, plan)
+    kept = (line >= 0) & (place >= 0)
+    table[line[kept], place[kept]] = np.stack([rows[name][kept] for name in names], 1)
+    return table[[unique.index(caption) for caption in captions]]
+
 def error_table(
     store: ErrorStore,
     model: str,  # fingerprint
@@ -278,18 +300,7 @@ def error_table(
     plan: SamplePlan,  # S samples
 ) -> torch.Tensor:  # [C, S, 3] float32, not a number where an error is not known
     "The errors that the store holds of these candidates and samples"
-    table = np.full((len(captions), len(plan), 3), np.nan, np.float32)
-    rows = store.group(model, picture)
-    if len(rows):
-        numbers = np.full(len(store.words), -1)
-        unique = list(dict.fromkeys(captions))
-        for place, caption in enumerate(unique): numbers[store._code.get(caption, -1)] = place if caption in store._code else -1
-        line, place = numbers[rows["caption"]], _places(rows, plan)
-        kept = (line >= 0) & (place >= 0)
-        held = np.full((len(unique), len(plan), 3), np.nan, np.float32)
-        held[line[kept], place[kept]] = np.stack([rows[name][kept] for name in LOSSES], 1)
-        table = held[[unique.index(caption) for caption in captions]] if len(unique) < len(captions) else held
-    return torch.from_numpy(table)
+    return torch.from_numpy(_stored(store, model, picture, captions, plan, LOSSES)).float()
 
 # %% ../../nbs/understand/error_store.ipynb #dbfa208d
 def stored_plan(
@@ -308,9 +319,9 @@ def stored_plan(
 def compact(
     store: ErrorStore,
 ) -> None:
-    "One part in place of many, every error once; what stood there is removed after the new part is whole"
+    "One part in place of many, every error once; what was read is removed after the new part is whole, what another process writes meanwhile stays"
     store.refresh().flush()
-    old = sorted(store.folder.glob("errors-*.parquet"))
+    old = sorted(path for path in store._read if path.name.startswith("errors-"))  # of the folder there may be more by now
     for key, parts in store._groups.items():
         rows = np.concatenate(parts)
         marks = np.stack([rows["caption"].astype(np.uint64), _sample_hash(rows)], 1)
@@ -418,14 +429,15 @@ class _Errors:
         self.captions = [*item.captions, *([""] if correct else [])]
         self.candidates, self.samples, self.correct = len(item.captions), len(plan), correct
         self._line = torch.tensor([self.captions.index(caption) for caption in self.captions])  # a repeated candidate is one
-        self.table = error_table(store, model, picture, self.captions, plan)
+        held = torch.from_numpy(_stored(store, model, picture, self.captions, plan, (*LOSSES, "flops")))
+        self.table, self.flops = held[..., :len(LOSSES)].float(), held[..., -1]
         self._asked = torch.zeros(self.table.shape[:2], dtype=torch.bool)
 
     @property
     def asked(self) -> Cost:
-        "What everything asked for so far would have cost on an empty store"
-        count, told = int(self._asked.sum()), self.store.models.get(self.model, {})
-        return Cost(count, count * told.get("tokens", 0), count * told.get("flops", 0.0), prompts=len(self.captions))
+        "What everything asked for so far cost when it was computed; a call of which no price was written is billed at the network's usual one"
+        told, flops = self.store.models.get(self.model, {}), self.flops[self._asked]
+        return Cost(len(flops), len(flops) * told.get("tokens", 0), float(flops.nan_to_num(told.get("flops", 0.0)).sum()), prompts=len(self.captions))
 
     def errors(self,
         candidates: torch.Tensor,  # [K] integers
@@ -505,8 +517,8 @@ class LiveErrors(_Errors):
         conditions, rows = self.evaluator.conditions(self.captions), self.plan[missing[:, 1]]
         triples = Triples(torch.zeros(len(missing), dtype=torch.long), missing[:, 0], rows.times, [(rows.seed, index) for index in rows.index.tolist()], rows.sign)
         losses = self.evaluator.losses(self._latents, conditions, triples)
-        append_errors(self.store, self.model, self.item, self.picture, [self.captions[line] for line in missing[:, 0].tolist()], rows, losses.numpy())
-        self.table[missing[:, 0], missing[:, 1]] = losses
+        append_errors(self.store, self.model, self.item, self.picture, [self.captions[line] for line in missing[:, 0].tolist()], rows, losses.numpy(), flops := call_flops(self.evaluator.denoiser, conditions))
+        self.table[missing[:, 0], missing[:, 1]], self.flops[missing[:, 0], missing[:, 1]] = losses, flops
         self.cost, self.evaluator.cost = self.cost + self.evaluator.cost, before + self.evaluator.cost
         self.store.flush_if_due()
 
@@ -549,14 +561,14 @@ def _block_triples(gaps, place):
     return Triples(owner, told, torch.cat([each.times for each in rows]), noises, torch.cat([each.sign for each in rows])), rows
 
 # %% ../../nbs/understand/error_store.ipynb #5c7f4493
-def _keep_block(store, model, block, gaps, triples, start, losses):
+def _keep_block(store, model, block, gaps, start, losses, flops):
     "Append the losses of the rows from `start` on, item by item"
     stop, first = start + len(losses), 0
     for item, (picture, captions, plan, missing) in zip(block, gaps):
         low, high = max(start, first), min(stop, first + len(missing))
         if low < high:
             mine = missing[low - first:high - first]
-            append_errors(store, model, item, picture, [captions[line] for line in mine[:, 0].tolist()], plan[mine[:, 1]], losses[low - start:high - start].numpy())
+            append_errors(store, model, item, picture, [captions[line] for line in mine[:, 0].tolist()], plan[mine[:, 1]], losses[low - start:high - start].numpy(), flops)
         first += len(missing)
 
 # %% ../../nbs/understand/error_store.ipynb #003d8a31
@@ -585,7 +597,7 @@ def fill(
             latents, conditions = evaluator.latents(torch.stack([item.pixels() for item in chosen])), evaluator.conditions(list(place))
             for start in range(0, len(triples), 8 * evaluator.batch_size):
                 part = triples.part(start, start + 8 * evaluator.batch_size)
-                _keep_block(store, model, chosen, gaps, triples, start, evaluator.losses(latents, conditions, part))
+                _keep_block(store, model, chosen, gaps, start, evaluator.losses(latents, conditions, part), call_flops(evaluator.denoiser, conditions))
                 store.flush_if_due()
                 done += len(part)
                 if progress: progress(done, total, time.perf_counter() - began)

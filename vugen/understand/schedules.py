@@ -326,7 +326,7 @@ def _reading_order(samples, order, seed):
 @dataclass(frozen=True)
 class Racing:
     """Drop a candidate as soon as a paired test that is valid at any stopping time says so, until one is left.
-    The tests `student` and `asymptotic` are exact for normal differences; where they are skewed to the wrong side, blocks of about 8 bring them close enough to normal, and `sign` assumes no shape but a median"""
+    The tests `student` and `asymptotic` are exact for normal differences; where they are skewed to the wrong side, single samples break the level, and blocks of 8 keep it up to a skew of about two; `sign` assumes no shape but a median"""
     level: float = 0.05  # chance that the best candidate is ever dropped
     test: str = "student"  # one of `EVIDENCE`
     effect: float = 1.0  # effect size that the test is tuned to
