@@ -72,8 +72,6 @@ def _table(path): # a file or a part, checked
     if lacks: raise UserError(f"{path} lacks the column {lacks!r}: name a file of scores that `vugen bind` wrote, or delete it.")
     return table
 
-def _records(paths): return [{**_LATER, **record} for path in paths for record in _table(path).to_pylist()]
-
 def _write(records, path, about=None):
     import pyarrow, pyarrow.parquet
     schema = _schema().with_metadata({"vugen": json.dumps(about)}) if about is not None else _schema()
@@ -98,29 +96,33 @@ class ScoreStore:
         if self.path.suffix != ".parquet": raise UserError(f"{self.path} must end in .parquet.")
         self.parts = self.path.with_name(f"{self.path.name}.parts")
 
+    _table, _write = staticmethod(_table), staticmethod(_write)  # a store of other records has its own
+
+    def _records(self, paths): return [{**_LATER, **record} for path in paths for record in self._table(path).to_pylist()]
+
     def _parted(self): return sorted(self.parts.glob("[0-9]*.parquet"))
 
     def read(self) -> list[dict]:
         "All records: those of the file, then those of parts, the oldest first"
-        with held(self.path): return self.finished() + _records(self._parted())
+        with held(self.path): return self.finished() + self._records(self._parted())
 
     def finished(self) -> list[dict]:
         "The records of the file alone"
-        return _records([self.path] if self.path.is_file() else [])
+        return self._records([self.path] if self.path.is_file() else [])
 
     def about(self) -> dict:
         "What the last run wrote about itself"
-        return json.loads((_table(self.path).schema.metadata or {}).get(b"vugen", b"{}"))
+        return json.loads((self._table(self.path).schema.metadata or {}).get(b"vugen", b"{}"))
 
     def add(self, records: Sequence[dict]) -> None:
         "Keep these records whatever happens next"
-        with held(self.path): _write(records, self.parts / f"{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
+        with held(self.path): self._write(records, self.parts / f"{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
 
     def finish(self, records: Sequence[dict], about: dict) -> None:
         "These records into the file, and behind them what else is known; the parts that were read go"
         with held(self.path):
             read = self._parted()
-            _write([*records, *_besides(records, self.finished(), _records(read))], self.path, about)
+            self._write([*records, *_besides(records, self.finished(), self._records(read))], self.path, about)
             for path in (*read, *self.parts.glob(".*.tmp.parquet")): path.unlink(missing_ok=True)  # half a part is of a run that was killed: nobody else writes now
             with contextlib.suppress(OSError): self.parts.rmdir()
 

@@ -24,7 +24,7 @@ from ..generate.adapters import UnderstandingModel, load_adapter
 from ..models.saving import fingerprint
 from ..paths import atomic_path
 from .pretrained import Job, TransformersVLMScorer, check_readable, looking_once, shared_beginning
-from .published import ScoreStore
+from .score_store import ScoreStore, file_digest
 from .vlm_benchmarks import TITLES, Question, QuestionSet, Verdict, judge, open_picture, question_rows, record_of, score_notes
 
 # %% auto #0
@@ -265,8 +265,7 @@ class AnswerStore(ScoreStore):
 
 def question_digest(question: Question) -> str:
     "16 hex digits over everything that an answer depends on"
-    size = lambda path: path.stat().st_size if path.is_file() else -1
-    seen = [hashlib.sha256(place).hexdigest() if isinstance(place, bytes) else [place.path.name, size(place.path), place.row, place.column] for place in question.pictures]
+    seen = [hashlib.sha256(place).hexdigest() if isinstance(place, bytes) else [file_digest(place.path), place.row, place.column] for place in question.pictures]
     about = [question.suite, question.text, question.hint, question.options, question.answers, question.said, seen]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
@@ -302,7 +301,7 @@ def run_questions(
     digests = {each.key: question_digest(each) for each in suite.questions}
     for answerer in answerers:
         mark = hashlib.sha256(f"{answerer.name}/{answerer.fingerprint}".encode()).hexdigest()[:16]
-        known = {record["key"]: record for record in before if record["fingerprint"] == mark and digests.get(record["key"]) == record["digest"]}
+        known = {record["key"]: record for record in before if record["fingerprint"] == mark and digests.get(record["key"]) == record["digest"] and not record["problem"]}  # what could not be asked is asked again
         todo, made = [place for place, each in enumerate(suite.questions) if each.key not in known], []
         for count, place in enumerate(todo, len(suite) - len(todo) + 1):
             each = suite.questions[place]
