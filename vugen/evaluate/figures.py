@@ -86,7 +86,8 @@ def line_figure(
     figure = new_figure(2.7 * columns, 2.4 * lines)
     for axis, (title, found) in zip(figure.subplots(lines, columns, squeeze=False).flatten(), shown): draw_lines(axis, found, title, axis_title, log)
     for axis in figure.axes[len(shown):]: axis.set_axis_off()
-    if any(row["group"] for row in shown[0][1]): figure.axes[0].legend(fontsize=7, frameon=False)
+    most = max(range(len(shown)), key=lambda place: len(by_group(shown[place][1])))
+    if any(row["group"] for row in shown[most][1]): figure.axes[most].legend(fontsize=7, frameon=False)
     return figure
 
 # %% ../../nbs/evaluate/figures.ipynb #076ce2ef
@@ -119,7 +120,7 @@ def trade_off(axis, points: list[dict], realism: str, consistency: str):  # an a
         axis.plot([point["realism"] for point in each], [point["consistency"] for point in each], "o-", ms=4, lw=0.8, color=color, label=group)
         known = [point for point in each if point["low"] is not None]
         axis.vlines([point["realism"] for point in known], [point["low"] for point in known], [point["high"] for point in known], color=color, lw=2, alpha=0.25)
-        for point in each: axis.annotate(f"{point['x']:g}", (point["realism"], point["consistency"]), xytext=(3, 3), textcoords="offset points", fontsize=6, color=color)
+        for point in each: axis.annotate(f"{point['x']:g}", (point["realism"], point["consistency"]), xytext=(4, 4), textcoords="offset points", fontsize=6, color=color)
     front = sorted((point for point in points if point["front"]), key=lambda point: point["realism"])
     axis.plot([point["realism"] for point in front], [point["consistency"] for point in front], "o--", ms=9, lw=0.8, mfc="none", color="0.2", label="Pareto front")
     _plain(axis, f"{consistency} over {realism}; best at the top left", realism, consistency)
@@ -227,7 +228,7 @@ def paper_rows(
     found = []
     for line in text.strip().splitlines():
         method, model, values = (part.strip() for part in line.split("|"))
-        found += [{"by": "paper", "source": f"VUGEN, table {name[-1]}", "method": method, "model": model, "metric": metric, "value": float(value), "low": None, "high": None, "n": None} for metric, value in zip(metrics, values.split(), strict=True) if value != "-"]
+        found += [{"by": "paper", "source": f"VUGEN, table {name[-1]}", "method": method, "model": model, "metric": metric, "value": float(value), "text": value, "low": None, "high": None, "n": None} for metric, value in zip(metrics, values.split(), strict=True) if value != "-"]
     return found
 
 def table_title(name: str) -> str: return _TABLES[name][0]
@@ -237,7 +238,7 @@ def _figures(value): return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1
 
 def said(row: dict) -> str:
     "A number with its interval and n, where they are known."
-    if row["by"] == "paper": return _figures(row["value"])
+    if row.get("text"): return row["text"]
     between = f" [{_figures(row['low'])}, {_figures(row['high'])}]" if row.get("low") is not None and row.get("high") is not None else ""
     more = ", ".join(text for text in (f"n = {row['n']:,}" if row.get("n") else "", row.get("at") or "") if text)
     return f"{_figures(row['value'])}{between}" + (f" ({more})" if more else "")
@@ -246,7 +247,8 @@ def wide_table(
     rows: list[dict],  # of `paper_rows`, and ours with by = "ours"
 ) -> list[dict]:  # {column: text}, a dict a line
     "One line for each method of the paper and one for each of ours, marked with its scale."
-    metrics, lines = list(dict.fromkeys(row["metric"] for row in rows)), {}
+    order = {metric: place for _, metrics, _ in _TABLES.values() for place, metric in enumerate(metrics)}
+    metrics, lines = sorted(dict.fromkeys(row["metric"] for row in rows), key=lambda metric: order.get(metric, len(order))), {}
     for row in rows: lines.setdefault((row["by"], row["method"], row["model"]), {})[row["metric"]] = said(row)
     return [{"by": by, "method": method, "model": model, **{metric: found.get(metric, "") for metric in metrics}} for (by, method, model), found in lines.items()]
 
@@ -259,15 +261,14 @@ def markdown_table(rows: list[dict]) -> str:
 # %% ../../nbs/evaluate/figures.ipynb #8b33e968
 def table_figure(
     rows: list[dict],  # as in `wide_table`
-    footer: str = "",
 ):
     "The table as a picture: the paper's lines on white, ours on blue."
     lines = wide_table(rows)
-    heads = [_wrapped(head, 15) for head in lines[0]]
-    cells = [[_wrapped(text, 24) for text in line.values()] for line in lines]
+    heads = [_wrapped(head, 12) for head in lines[0]]
+    cells = [[_wrapped(text, 20) for text in line.values()] for line in lines]
     high = [max(text.count("\n") + 1 for text in each) for each in [heads, *cells]]
     widths = [max(max(map(len, text.split("\n"))) for text in column) + 2 for column in zip(heads, *cells)]
-    figure = new_figure(0.075 * sum(widths), 0.16 * (sum(high) + len(high)) + 0.1)
+    figure = new_figure(0.07 * sum(widths), 0.15 * (sum(high) + len(high)) + 0.1)
     axis = figure.subplots(); axis.set_axis_off()
     table = axis.table(cells, colLabels=heads, cellLoc="left", bbox=[0, 0, 1, 1], colWidths=[width / sum(widths) for width in widths])
     table.auto_set_font_size(False); table.set_fontsize(7)
@@ -296,7 +297,7 @@ def footer_of(rows: list[dict], run: dict) -> str:
     "Scale, extractor, n and seeds, for the foot of a figure."
     names = sorted({row["metric"] for row in rows if row["metric"].startswith("Fréchet-")})
     counts, seeds = sorted({row["n"] for row in rows if row.get("n") and row["metric"].startswith("Fréchet-")} or {row["n"] for row in rows if row.get("n")}), run.get("seeds")
-    parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", "bars: 95% intervals" if any(row.get("low") is not None for row in rows) else ""]
+    parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", ("brackets: 95% intervals" if rows[0].get("by") else "bars: 95% intervals") if any(row.get("low") is not None and row.get("x", "") is not None for row in rows) else ""]
     return " · ".join(part for part in parts if part)
 
 # %% ../../nbs/evaluate/figures.ipynb #bb2edb20
@@ -376,7 +377,9 @@ def draw_stored(stored: Stored):
     figure, title = FIGURES[stored.name][2](stored), figure_title(stored.name)
     width = int(figure.get_figwidth() * 16)
     figure.suptitle(_wrapped(title, width), fontsize=9)
-    figure.supxlabel(_wrapped(footer_of([row for row in stored.rows if row.get("by") != "paper"], stored.run), int(width * 1.3)), fontsize=6.5, color="0.35")
+    footer = footer_of([row for row in stored.rows if row.get("by") != "paper"], stored.run)
+    judged = " · ✓ the scene parser finds all that the prompt says, ✗ it does not" if any("right" in cell for cell in stored.cells) else ""
+    figure.supxlabel(_wrapped(footer + judged, int(width * 1.3)), fontsize=6.5, color="0.35")
     return figure
 
 # %% ../../nbs/evaluate/figures.ipynb #ea959c21

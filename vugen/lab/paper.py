@@ -194,9 +194,9 @@ def ablation_rows(name, preset, runs=None):  # a key of ABLATIONS; name of the p
     notes = {f"{len(lacking)} of {len(lacking) + len(known)} variants of the ablation {name!r} ({', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''})": mend} if lacking else {}
     return summarise(found["rows"]), found["run"], notes
 
-def steps_of(run):  # of a stored ablation
+def steps_of(run, variant=None):  # of a stored ablation; one of its variants, all by default
     "What was trained for how long, in words."
-    found = sorted({(part["stage"], part["steps"]) for each in run.get("work", []) for part in each["trained"].values()})
+    found = sorted({(part["stage"], part["steps"]) for each in run.get("work", []) for part in each["trained"].values() if variant in (None, each["variant"])})
     return ", ".join(f"{stage} {steps:,} steps" for stage, steps in found)
 
 # %% ../../nbs/lab/paper.ipynb #4dabb481
@@ -205,12 +205,12 @@ _OURS = {"all": "prompts drawn right ↑", "colors": "colours right ↑", "bindi
 def ours(row, method, model, source, at=""):  # a summary row
     "A row of ours for a table: the metric's name says that it is ours."
     metric = _OURS.get(row["metric"]) or (f"{row['metric']} ↓" if row["metric"].startswith("Fréchet-") else row["metric"])
-    return {"by": "ours", "source": source, "method": method, "model": model, "metric": metric, "at": at, **{key: row.get(key) for key in ("value", "low", "high", "n")}}
+    return {"by": "ours", "source": source, "method": method, "model": model, "metric": metric, "at": at, **{key: row.get(key) for key in ("value", "low", "high", "n")}, **({"text": row["text"]} if "text" in row else {})}
 
 def table1_rows(rows, run, model):
     "Table 1: the three models after equal steps."
     wanted = [row for row in rows if row["category"] == "two objects" and (row["metric"] in _OURS or row["metric"].startswith("Fréchet-"))]
-    return [ours(row, row["variant"], model, "vugen ablate target") for row in wanted]
+    return [ours(row, row["variant"], f"{model}; {steps_of(run, row['variant'])}".rstrip("; "), "vugen ablate target") for row in wanted]
 
 def table2_rows(rows, run, model, usual=2.0):  # usual: the guidance scale that stands for the paper's 5
     "Table 2: VUGEN at its usual guidance, and at the best one for each metric."
@@ -234,7 +234,7 @@ def table3_rows(root, model):
     found = [ours({**row, "metric": f"scenes, {row['category']} ↑"}, "VLM alone = VUGEN", model, "vugen train vlm") for row in wanted]
     tower = TextToImage.from_pretrained(root / "generator")
     same = fingerprint(tower.vlm, tower.config.get("vlm_dtype", "float32")) == tower.config["vlm_fingerprint"]
-    return found + [ours({"metric": "language tower unchanged, bit for bit", "value": float(same), "n": 1}, "VLM alone = VUGEN", model, "the fingerprints of ROOT/vlm and ROOT/generator")]
+    return found + [ours({"metric": "language tower unchanged, bit for bit", "value": float(same), "n": 1, "text": "yes" if same else "no"}, "VLM alone = VUGEN", model, "the fingerprints of ROOT/vlm and ROOT/generator")]
 
 # %% ../../nbs/lab/paper.ipynb #e3eff9c0
 def spec_of(piece, preset, seed):
@@ -319,7 +319,7 @@ def gather_pieces(maker, name):
         try: record = maker.piece(name, piece)
         except UserError as error:
             if not piece.optional: raise
-            notes[piece.name] = str(error); continue
+            notes[piece.name] = str(error).replace(str(maker.root), "ROOT"); continue
         copy_sheet(record, maker.folder(name), piece)
         cells += [{**cell, "sheet": piece.sheet, "place": place} for place, cell in enumerate(record["cells"])]
         rows += record["rows"]
@@ -336,7 +336,7 @@ def gather_rows(maker, name, scale):  # words about the size of things
     rows, run, notes = ablation_rows(SOURCES[name], maker.preset.name, maker.verb.runs)
     if not rows and name != "fig6": what, mend = next(iter(notes.items())); raise UserError(f"Nothing is stored of {what}, which this figure is drawn from: {mend.replace(' makes it', '')} makes it.")
     table = {"table1": table1_rows, "table2": table2_rows}.get(name)
-    if table: return paper_rows(name) + table(rows, run, f"{scale}; {steps_of(run)}".rstrip("; ")), run, notes
+    if table: return paper_rows(name) + table(rows, run, scale), run, notes
     return [row for row in rows if row["x"] is not None], run, notes
 
 def make_figure(self, name):  # Maker; a key of FIGURES
@@ -346,7 +346,7 @@ def make_figure(self, name):  # Maker; a key of FIGURES
     scale = f"{self.preset.name} scale, {self.preset.world['image_size']}-pixel scenes"
     rows, run, notes = gather_rows(self, name, scale)
     cells, more, left, steps = gather_pieces(self, name)
-    trained = steps_of(run) if name in SOURCES else ", ".join(f"{each}: {count:,} steps" for each, count in steps.items())
+    trained = "; ".join(text for text in (steps_of(run), ", ".join(f"{each}: {count:,} steps" for each, count in steps.items())) if text)
     about = self.record({"scale": f"{scale}; {trained}" if trained else scale, "seeds": run.get("seeds") or [self.verb.seed], "ablation": {key: run[key] for key in ("ablation", "seeds", "steps_scale", "root", "git_revision") if key in run}})
     write_json(self.folder(name) / "rows.json", {"figure": name, "run": about, "rows": rows + more, "cells": cells, "notes": {**notes, **left}})
     stored = read_stored(self.folder(name))
