@@ -65,10 +65,10 @@ def _plain(axis, title, axis_title, other=""):
     axis.tick_params(labelsize=7); axis.spines[["top", "right"]].set_visible(False)
 
 # %% ../../nbs/evaluate/figures.ipynb #a6eb8c9e
-def new_figure(width: float, height: float):  # inches
+def new_figure(width: float, height: float, layout: str | None = "constrained"):  # inches; None: the margins are given
     "A matplotlib figure that is shown where it is returned, and not a second time at the end of a cell."
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(width, height), dpi=90, layout="constrained")
+    figure = plt.figure(figsize=(width, height), dpi=90, layout=layout)
     plt.close(figure)
     return figure
 
@@ -143,15 +143,18 @@ def picture_grid(
 ):
     "Pictures with a title over each column and beside each row; rows and columns keep the order in which the cells name them."
     rows, columns = ({name: place for place, name in enumerate(dict.fromkeys(cell[key] for cell in cells))} for key in ("row", "column"))
-    title = max(_wrapped(name, width).count("\n") + 1 for name in columns)
-    figure = figure if figure is not None else new_figure(size * len(columns) + 0.9 * side / 12, (size + 0.18) * len(rows) + 0.14 * title)
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axis in axes.flatten(): axis.set_xticks([]), axis.set_yticks([]), axis.spines[:].set_visible(False)
+    left, top, foot, gap, under = 0.075 * side + 0.05, 0.13 * max(_wrapped(name, width).count("\n") + 1 for name in columns) + 0.38, 0.3, 0.06, 0.2  # inches: titles of rows, of columns, room at the foot, between and under pictures
+    figure = figure if figure is not None else new_figure((size + gap) * len(columns) + left + 0.1, (size + under) * len(rows) + top + foot, layout=None)
+    high, wide = figure.bbox.height / figure.dpi, figure.bbox.width / figure.dpi
+    def corner(row, column): return left + column * (size + gap), high - top - row * (size + under) - size
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all: fifty axes take seconds
     for cell, picture in zip(cells, pictures, strict=True):
-        axis = axes[rows[cell["row"]], columns[cell["column"]]]
-        axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest"); axis.set_xlabel(known_of(cell), fontsize=7, labelpad=1)
-    for name, place in columns.items(): axes[0, place].set_title(_wrapped(name, width), fontsize=7)
-    for name, place in rows.items(): axes[place, 0].set_ylabel(_wrapped(name, side), fontsize=8 if side < 20 else 7, rotation=0, ha="right", va="center")
+        x, y = corner(rows[cell["row"]], columns[cell["column"]])
+        axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest", extent=(x, x + size, y, y + size))
+        if known_of(cell): axis.text(x + size / 2, y - 0.02, known_of(cell), fontsize=7, ha="center", va="top")
+    for name, place in columns.items(): axis.text(corner(0, place)[0] + size / 2, high - top + 0.04, _wrapped(name, width), fontsize=7, ha="center", va="bottom")
+    for name, place in rows.items(): axis.text(left - 0.06, corner(place, 0)[1] + size / 2, _wrapped(name, side), fontsize=8 if side < 20 else 7, ha="right", va="center")
+    axis.set_axis_off(); axis.set_xlim(0, wide); axis.set_ylim(0, high)
     return figure
 
 # %% ../../nbs/evaluate/figures.ipynb #0d464138
@@ -306,7 +309,7 @@ _TWO = "two objects"
 def draw_pictures(stored: Stored):
     "Figures 2, 4, 8 and 9: a grid of pictures."
     if not stored.cells: raise UserError("There is no picture to draw.")
-    return picture_grid(stored.cells, stored.pictures, 0.8 if len(stored.cells) > 30 else 0.95, width=16)
+    return picture_grid(stored.cells, stored.pictures, 0.8 if len(stored.cells) > 30 else 0.95, width=16, side=14)
 
 def draw_diversity(stored: Stored):
     "Figure 5: samples of one prompt in a row, and how far they are from each other."
@@ -332,10 +335,10 @@ def draw_reducers(stored: Stored):
     panels = [("scenes", frechet_of(stored.rows, "scenes"), "reconstruction, over the decoder's training:\nFréchet distance ↓"), (_TWO, frechet_of(stored.rows, _TWO), "generation, over the generator's training:\nFréchet distance ↓")]
     panels = [(title, found) for category, metric, title in panels if (found := of_metric(stored.rows, category, metric))]
     columns, lines = len(dict.fromkeys(cell["column"] for cell in stored.cells)), len(dict.fromkeys(cell["row"] for cell in stored.cells))
-    figure = new_figure(max(0.85 * columns + 0.9, 3 * len(panels)), 1.03 * lines + 2.6)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.03 * lines, 2.4]) if stored.cells else (None, figure)
+    figure = new_figure(max(0.95 * columns + 1, 3 * len(panels)), 1.15 * lines + 3.3 if stored.cells else 2.8, layout=None)
+    above, below = figure.subfigures(2, 1, height_ratios=[1.15 * lines + 0.8, 2.5]) if stored.cells else (None, figure)
     if stored.cells: picture_grid(stored.cells, stored.pictures, figure=above, width=16)
-    axes = below.subplots(1, len(panels), squeeze=False)[0]
+    axes = below.subplots(1, len(panels), squeeze=False, gridspec_kw=dict(left=0.08, right=0.98, top=0.8, bottom=0.26))[0]
     for axis, (title, found) in zip(axes, panels): draw_lines(axis, found, title, "optimiser steps")
     axes[0].legend(fontsize=7, frameon=False)
     return figure
