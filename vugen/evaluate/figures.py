@@ -335,9 +335,9 @@ def draw_reducers(stored: Stored):
     panels = [("scenes", frechet_of(stored.rows, "scenes"), "reconstruction, over the decoder's training:\nFréchet distance ↓"), (_TWO, frechet_of(stored.rows, _TWO), "generation, over the generator's training:\nFréchet distance ↓")]
     panels = [(title, found) for category, metric, title in panels if (found := of_metric(stored.rows, category, metric))]
     columns, lines = len(dict.fromkeys(cell["column"] for cell in stored.cells)), len(dict.fromkeys(cell["row"] for cell in stored.cells))
-    figure = new_figure(max(0.95 * columns + 1, 3 * len(panels)), 1.15 * lines + 3.3 if stored.cells else 2.8, layout=None)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.15 * lines + 0.8, 2.5]) if stored.cells else (None, figure)
-    if stored.cells: picture_grid(stored.cells, stored.pictures, figure=above, width=16)
+    figure = new_figure(max(0.91 * columns + 1.1, 3 * len(panels)), 1.05 * lines + 3.4 if stored.cells else 2.8, layout=None)
+    above, below = figure.subfigures(2, 1, height_ratios=[1.05 * lines + 0.8, 2.6]) if stored.cells else (None, figure)
+    if stored.cells: picture_grid(stored.cells, stored.pictures, 0.85, figure=above, width=14)
     axes = below.subplots(1, len(panels), squeeze=False, gridspec_kw=dict(left=0.08, right=0.98, top=0.8, bottom=0.26))[0]
     for axis, (title, found) in zip(axes, panels): draw_lines(axis, found, title, "optimiser steps")
     axes[0].legend(fontsize=7, frameon=False)
