@@ -25,7 +25,7 @@ __all__ = ['COLORS', 'FIGURES', 'color_of', 'by_group', 'of_metric', 'draw_lines
            'draw_pictures', 'draw_diversity', 'draw_training', 'draw_ratio', 'draw_reducers', 'draw_guidance',
            'draw_table', 'figure_title', 'draw_stored', 'read_stored', 'stored_figures']
 
-# %% ../../nbs/evaluate/figures.ipynb #f1446bea
+# %% ../../nbs/evaluate/figures.ipynb #d76d4330
 COLORS = {"VUGEN": "#0b6e99", "Decoupled": "#d9730d", "REPA": "#6940a5", "joint": "#0b6e99", "PCA": "#ad1a72"}
 
 def color_of(group: str, number: int = 0) -> str:
@@ -43,7 +43,7 @@ def of_metric(rows: list[dict], category: str, metric: str) -> list[dict]:
     "The rows of one measure."
     return [row for row in rows if (row.get("category"), row["metric"]) == (category, metric)]
 
-# %% ../../nbs/evaluate/figures.ipynb #bd69fe29
+# %% ../../nbs/evaluate/figures.ipynb #a6eb8c9e
 def draw_lines(
     axis,  # of matplotlib
     rows: list[dict],  # of one metric
@@ -64,7 +64,7 @@ def _plain(axis, title, axis_title, other=""):
     axis.set_title(title, fontsize=8); axis.set_xlabel(axis_title, fontsize=8); axis.set_ylabel(other, fontsize=8)
     axis.tick_params(labelsize=7); axis.spines[["top", "right"]].set_visible(False)
 
-# %% ../../nbs/evaluate/figures.ipynb #a6eb8c9e
+# %% ../../nbs/evaluate/figures.ipynb #ec1d7da0
 def new_figure(width: float, height: float, layout: str | None = "constrained"):  # inches; None: the margins are given
     "A matplotlib figure that is shown where it is returned, and not a second time at the end of a cell."
     import matplotlib.pyplot as plt
@@ -90,7 +90,7 @@ def line_figure(
     if any(row["group"] for row in shown[most][1]): figure.axes[most].legend(fontsize=7, frameon=False)
     return figure
 
-# %% ../../nbs/evaluate/figures.ipynb #076ce2ef
+# %% ../../nbs/evaluate/figures.ipynb #d7210dff
 def pareto_front(
     points: list[tuple[float, float]],  # (realism, lower is better; consistency, higher is better)
 ) -> list[int]:  # places of the points that no other one beats, by realism
@@ -101,7 +101,7 @@ def pareto_front(
         if points[place][1] > best or points[place] == last: front.append(place); best, last = points[place][1], points[place]
     return front
 
-# %% ../../nbs/evaluate/figures.ipynb #77330bdb
+# %% ../../nbs/evaluate/figures.ipynb #c6a53877
 def pair_up(
     rows: list[dict],
     realism: tuple[str, str],  # (category, metric), lower is better
@@ -125,7 +125,7 @@ def trade_off(axis, points: list[dict], realism: str, consistency: str):  # an a
     axis.plot([point["realism"] for point in front], [point["consistency"] for point in front], "o--", ms=9, lw=0.8, mfc="none", color="0.2", label="Pareto front")
     _plain(axis, f"{consistency} over {realism}; best at the top left", realism, consistency)
 
-# %% ../../nbs/evaluate/figures.ipynb #3fc1ea36
+# %% ../../nbs/evaluate/figures.ipynb #a6233255
 def _wrapped(text, width): return "\n".join(textwrap.wrap(str(text), width)) if text else ""
 
 def known_of(cell: dict) -> str:
@@ -157,7 +157,7 @@ def picture_grid(
     axis.set_axis_off(); axis.set_xlim(0, wide); axis.set_ylim(0, high)
     return figure
 
-# %% ../../nbs/evaluate/figures.ipynb #0d464138
+# %% ../../nbs/evaluate/figures.ipynb #e6a16a3b
 def pack_pictures(
     pictures: torch.Tensor,  # [B, 3, H, W] in [0, 1]
 ) -> Image.Image:  # one row, without a gap
@@ -175,7 +175,7 @@ def unpack_pictures(
     wide = torch.from_numpy(np.array(sheet.convert("RGB"))).float() / 255
     return wide.unflatten(1, (-1, size)).permute(1, 3, 0, 2)
 
-# %% ../../nbs/evaluate/figures.ipynb #1cfb10f6
+# %% ../../nbs/evaluate/figures.ipynb #5f2dd97f
 _TABLES = {  # title, columns, "method | model | values", "-" where the paper has none
     "table1": ("Table 1. Image generation with VUGEN and its baselines", ("FID ↓, StockMix", "CLIP ↑, StockMix", "DPG ↑, StockMix", "GenEval ↑, StockMix", "FID ↓, ImageNet", "CLIP ↑, ImageNet", "density ↑, ImageNet", "coverage ↑, ImageNet"), """
         Decoupled | PLM 1B | 13.06 26.71 72.09 54.00 5.85 26.32 70.51 16.61
@@ -221,7 +221,7 @@ _TABLES = {  # title, columns, "method | model | values", "-" where the paper ha
         JanusPro-1B | DeepSeek-LLM 1.5B | 1444.0 75.5 36.3
         VUGEN | PLM 1B | 1546.2 75.8 32.1""")}
 
-# %% ../../nbs/evaluate/figures.ipynb #5f2dd97f
+# %% ../../nbs/evaluate/figures.ipynb #7814e8a2
 def paper_rows(
     name: str,  # table1, table2 or table3
 ) -> list[dict]:  # rows in long form
@@ -236,7 +236,7 @@ def paper_rows(
 
 def table_title(name: str) -> str: return _TABLES[name][0]
 
-# %% ../../nbs/evaluate/figures.ipynb #3f1f65a8
+# %% ../../nbs/evaluate/figures.ipynb #617959ce
 def _figures(value): return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
 
 def said(row: dict) -> str:
@@ -261,7 +261,7 @@ def markdown_table(rows: list[dict]) -> str:
     if not lines: return "No rows."
     return "\n".join("| " + " | ".join(each) + " |" for each in ([*lines[0]], ["---"] * len(lines[0]), *(list(line.values()) for line in lines)))
 
-# %% ../../nbs/evaluate/figures.ipynb #8b33e968
+# %% ../../nbs/evaluate/figures.ipynb #1a1afe87
 def table_figure(
     rows: list[dict],  # as in `wide_table`
 ):
@@ -280,7 +280,7 @@ def table_figure(
         cell.set_facecolor("0.92" if row == 0 else "#e3f1f7" if lines[row - 1]["by"] == "ours" else "white")
     return figure
 
-# %% ../../nbs/evaluate/figures.ipynb #3fd42359
+# %% ../../nbs/evaluate/figures.ipynb #035b7399
 class Stored(NamedTuple):
     "A figure without its drawing."
     name: str  # a key of `FIGURES`
@@ -303,7 +303,7 @@ def footer_of(rows: list[dict], run: dict) -> str:
     parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", ("brackets: 95% intervals" if rows[0].get("by") else "bars: 95% intervals") if any(row.get("low") is not None and row.get("x", "") is not None for row in rows) else ""]
     return " · ".join(part for part in parts if part)
 
-# %% ../../nbs/evaluate/figures.ipynb #bb2edb20
+# %% ../../nbs/evaluate/figures.ipynb #377b9aa2
 _TWO = "two objects"
 
 def draw_pictures(stored: Stored):
@@ -328,7 +328,7 @@ def draw_ratio(stored: Stored):
     panels = [("scenes", frechet_of(rows, "scenes"), "reconstruction: Fréchet distance ↓"), (_TWO, frechet_of(rows, _TWO), "generation: Fréchet distance ↓"), (_TWO, "colors", "generation: colours right ↑"), (_TWO, "unexplained velocity", "unexplained velocity ↓")]
     return line_figure(rows, panels, "reduction ratio r", log=True)
 
-# %% ../../nbs/evaluate/figures.ipynb #377b9aa2
+# %% ../../nbs/evaluate/figures.ipynb #687c966c
 def draw_reducers(stored: Stored):
     "Figure 6: reconstructions from PCA and joint latents, and Fréchet curves over training."
     if not stored.rows: return draw_pictures(stored)
@@ -357,7 +357,7 @@ def draw_table(stored: Stored):
     "Tables 1, 2 and 3."
     return table_figure(stored.rows)
 
-# %% ../../nbs/evaluate/figures.ipynb #687c966c
+# %% ../../nbs/evaluate/figures.ipynb #478c281d
 FIGURES = {  # name: (title, what the paper's shows, drawer)
     "fig2": ("Figure 2. Originals beside reconstructions from full and from reduced latents", "photographs; ours also drawn scenes and emoji", draw_pictures),
     "fig3": ("Figure 3. Metrics over training", "FID-5k, CLIP score and density on StockMix and ImageNet", draw_training),
@@ -385,7 +385,7 @@ def draw_stored(stored: Stored):
     figure.supxlabel(_wrapped(footer + judged, int(width * 1.3)), fontsize=6.5, color="0.35")
     return figure
 
-# %% ../../nbs/evaluate/figures.ipynb #ea959c21
+# %% ../../nbs/evaluate/figures.ipynb #de11cc9d
 def read_stored(
     folder: str | Path,  # one that `vugen figure` wrote
 ) -> Stored:
