@@ -234,7 +234,9 @@ def paper_rows(
         found += [{"by": "paper", "source": f"VUGEN, table {name[-1]}", "method": method, "model": model, "metric": metric, "value": float(value), "text": value, "low": None, "high": None, "n": None} for metric, value in zip(metrics, values.split(), strict=True) if value != "-"]
     return found
 
-def table_title(name: str) -> str: return _TABLES[name][0]
+def table_title(name: str) -> str:
+    "What the table shows."
+    return _TABLES[name][0]
 
 # %% ../../nbs/evaluate/figures.ipynb #617959ce
 def _figures(value): return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
@@ -372,6 +374,7 @@ FIGURES = {  # name: (title, what the paper's shows, drawer)
 }
 
 def figure_title(name: str) -> str:
+    "What the figure shows; a `UserError` lists the names."
     if name not in FIGURES: raise UserError(f"There is no figure {name!r}: choose one of {', '.join(FIGURES)}.")
     return FIGURES[name][0]
 
