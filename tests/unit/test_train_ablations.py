@@ -200,6 +200,49 @@ def test_every_ablation_is_sound_data():
     assert all(len(steps) == 1 for steps in equal)
 
 
+# ---- over training ----------------------------------------------------------------------------------------------------------
+
+SHARES = (0.2, 1.0)
+COURSE = Ablation("How fast is a decoder learned?", "this test", steps={"decoder": 1000}, shows=(("scenes", "psnr"),), axis="steps",
+                  variants=tuple(Variant(f"joint, {share:.0%}", (Measure("reconstruction", "decoder", {"number": 200, "steps": 1, "share": share}),), (Step("decoder", snapshots=SHARES),), "joint") for share in SHARES))
+
+
+def test_a_share_of_a_training_is_measured_on_the_weights_of_that_step(monkeypatch, tmp_path):
+    monkeypatch.setitem(ABLATIONS, "course", COURSE)
+    seen, measure, trained, loop_run = {}, MEASURES["reconstruction"], [], ablations.run
+    monkeypatch.setitem(MEASURES, "reconstruction", lambda view, *words, **more: seen.update({(view / "decoder").resolve().name: more}) or measure(view, *words, **more))
+    monkeypatch.setattr(ablations, "run", lambda *words, **more: trained.append(words[0].name) or loop_run(*words, **more))
+    found = run_ablation("course", "smoke", ROOT, tmp_path / "course", show=False)
+    assert trained == ["decoder"] and list(seen) == ["decoder-step-1", "decoder-step-5"] and "share" not in next(iter(seen.values()))
+    rows = [row for row in found["rows"] if row["metric"] == "psnr"]
+    assert [(row["variant"], row["x"]) for row in rows] == [("joint, 20%", 1), ("joint, 100%", 5)] and rows[0]["value"] != rows[1]["value"]
+    plain = dataclasses.replace(COURSE, variants=(Variant("joint", (Measure("reconstruction", "decoder", {"number": 200, "steps": 1}),), (Step("decoder"),)),))
+    monkeypatch.setitem(ABLATIONS, "course", plain)
+    (end,) = (row for row in run_ablation("course", "smoke", ROOT, tmp_path / "plain", show=False)["rows"] if row["metric"] == "psnr")
+    assert end["value"] == rows[1]["value"]  # the last snapshot is the training's end
+    monkeypatch.setitem(ABLATIONS, "course", COURSE)
+    assert run_ablation("course", "smoke", ROOT, tmp_path / "course", show=False)["rows"] == found["rows"] and trained == ["decoder"] * 2
+
+
+def test_a_snapshot_that_is_gone_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(ABLATIONS, "course", COURSE)
+    out = tmp_path / "course"
+    run_ablation("course", "smoke", ROOT, out, show=False)
+    (snapshot,) = out.glob("trained/*/decoder-step-1")
+    shutil.rmtree(snapshot)
+    next(out.glob("points/joint-20/*.json")).unlink()
+    with pytest.raises(UserError, match="decoder-step-1 does not exist"): run_ablation("course", "smoke", ROOT, out, show=False)
+
+
+def test_digests_of_plans_without_snapshots_are_those_of_older_versions():
+    points, _ = make_plan(TWO, SMOKE, ROOT, (0,))
+    parts = {place: [part.step.stage, dataclasses.asdict(part.preset.stage(part.step.stage))] for place, part in points[0].parts.items()}
+    for _, part in parts.values(): del part["recipe"]["seed"], part["recipe"]["snapshots"]
+    assert ablations.describe_point(points[0]) == ablations.digest([SMOKE.world, parts, dataclasses.asdict(points[0].measure)])
+    watched = ablations.make_plan(COURSE, SMOKE, ROOT, (0,))[0][0].parts["decoder"]
+    assert watched.preset.stage("decoder").recipe.snapshots == (1, 5) and watched.key != dataclasses.replace(watched, preset=ablations.override(watched.preset, "decoder", {"recipe.snapshots": []})).key
+
+
 # ---- measurements -----------------------------------------------------------------------------------------------------------
 
 class Guess:

@@ -17,6 +17,7 @@ from typing import Optional
 from ..errors import UserError
 from .bench import Bench
 from .evaluate import Evaluate
+from .paper import Figure
 from .terminal import LARGEST_SEED, LARGEST_SIDE, MOST_STEPS, Counter, check_captions, check_number, check_prompts, check_target, delivery, pick_device, pictures_in, read_images, read_pictures, report, root_of, run_record, sentence, show_notes, show_rows, write_json
 from ..paths import atomic_path, without_folders
 
@@ -535,7 +536,7 @@ class Play:
 @dataclass
 class Ablate:
     "Run one of the paper's ablations, or show its table and plot."
-    name: str  # reducer, ratio, decoder, steps, guidance, target or improved
+    name: str  # reducer, ratio, decoder, steps, guidance, target, improved, curves or reducer-curves
     preset: str = "tiny"  # tiny, small or smoke
     root: Optional[Path] = None  # folder of checkpoints that all variants share; default the package's own
     out: Optional[Path] = None  # folder that keeps trainings and measurements; default in the cache
@@ -567,7 +568,7 @@ def show_ablation(verb, found):  # Ablate; of `run_ablation` or `stored_rows`
     print("\n" + "\n".join(str(path) for path in written))
 
 # %% ../../nbs/lab/cli.ipynb #2db8fcf5
-VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Retrieve, Probe, Evaluate, Bench, Describe)}
+VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Retrieve, Probe, Evaluate, Figure, Bench, Describe)}
 
 
 def overview():
@@ -606,7 +607,7 @@ def read_verb(words):  # such as ["bench", "scenes", "--seconds", "1"]
 # %% ../../nbs/lab/cli.ipynb #a0430a91
 def command_of(words):
     "The command for a record: option values that are folders or files of this machine are left out."
-    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints", "--errors", "--answers"}, [], False
+    hidden, kept, skip = {"--root", "--out", "--state", "--json", "--items", "--from-items", "--images", "--checkpoints", "--errors", "--answers", "--runs"}, [], False
     for word in words:
         if not skip and word not in hidden and not word.startswith(tuple(f"{option}=" for option in hidden)): kept.append(word)
         skip = word in hidden

@@ -34,18 +34,18 @@ from .cards import environment
 from .decoder import HELD_OUT, Pictures
 from .generator import held_out_prompts
 from .latent_decoder import load_latent_autoencoder
-from .loop import default_state, duration, run, unmeasured
+from .loop import default_state, duration, run, snapshot_folder, unmeasured
 from .presets import Preset, load_preset, override
 
 # %% auto #0
-__all__ = ['REDUCER', 'RATIO', 'DECODER', 'STEPS', 'GUIDANCE', 'TARGET', 'IMPROVED', 'ABLATIONS', 'TRAINABLE', 'SIZES',
-           'MEASURES', 'COLUMNS', 'Step', 'Measure', 'Variant', 'Ablation', 'find_ablation', 'stage_kind', 'sized',
-           'step_preset', 'reads', 'closure', 'digest', 'folder_digest', 'root_digests', 'Part', 'Point', 'slug',
-           'check_options', 'make_point', 'make_plan', 'device_here', 'judge', 'load_autoencoder', 'decoding_cost',
-           'reconstruction', 'scene_rows', 'unexplained_velocity', 'draw_parts', 'generation', 'write_json',
-           'read_json', 'describe_point', 'claim', 'link', 'link_sources', 'Left', 'train_part', 'measure_point',
-           'seeds_held', 'collect', 'ablation_folder', 'run_ablation', 'summarise', 'table_rows', 'markdown_table',
-           'plot', 'stored_rows', 'write_report']
+__all__ = ['REDUCER', 'RATIO', 'DECODER', 'STEPS', 'GUIDANCE', 'TARGET', 'IMPROVED', 'CURVES', 'REDUCER_CURVES', 'ABLATIONS',
+           'TRAINABLE', 'SIZES', 'MEASURES', 'COLUMNS', 'Step', 'Measure', 'Variant', 'Ablation', 'find_ablation',
+           'stage_kind', 'sized', 'step_at', 'step_preset', 'reads', 'closure', 'digest', 'folder_digest',
+           'root_digests', 'Part', 'Point', 'slug', 'check_options', 'make_point', 'make_plan', 'device_here', 'judge',
+           'load_autoencoder', 'decoding_cost', 'reconstruction', 'scene_rows', 'unexplained_velocity', 'draw_parts',
+           'generation', 'write_json', 'read_json', 'describe_point', 'claim', 'link', 'link_sources', 'Left',
+           'train_part', 'link_snapshot', 'measure_point', 'seeds_held', 'collect', 'ablation_folder', 'run_ablation',
+           'summarise', 'table_rows', 'markdown_table', 'plot', 'stored_rows', 'write_report']
 
 # %% ../../nbs/train/ablations.ipynb #3ea07f9c
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Step:
     stage: str  # a key of `TRAINABLE`
     settings: dict = field(default_factory=dict)  # of `override`, beside seed and number of steps
     folder: str = ""  # under which name later stages and measurements find it; default the stage's own
+    snapshots: tuple = ()  # shares of the training after which the weights are kept too; a measurement names one as its option `share`
 
     @property
     def place(self): return self.folder or self.stage
@@ -153,8 +154,26 @@ IMPROVED = Ablation(
               Variant("REPA, iREPA projector", (_short("generator-repa"),),
                       (Step("generator-repa", {**_ALIGNED, "options.alignment_head": "conv", "options.alignment_targets": "spatial"}),), "alignment", optional=True)))
 
+# %% ../../nbs/train/ablations.ipynb #699941d0
+_SHARES = (1 / 12, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
+_PROGRESS = {"num_inference_steps": 25, "velocity": True}
+
+def _over_training(name, measures, chain):  # measures: functions of a share
+    return tuple(Variant(f"{name}, {share:.0%}", tuple(measure(share) for measure in measures), chain, group=name) for share in _SHARES)
+
+CURVES = Ablation(
+    "Which space is learned in fewer steps?", "VUGEN, section 4.2, figure 3", steps=dict.fromkeys(_SOURCES.values(), 3000), axis="optimiser steps",
+    shows=(_DRAWN, ("two objects", "colors"), ("two objects", _FRECHET), ("two objects", "unexplained velocity")),
+    variants=sum((_over_training(name, (lambda share, folder=folder: _draw(folder, share=share, **_PROGRESS),), (Step(folder, snapshots=_SHARES),)) for name, folder in _SOURCES.items()), ()))
+
+REDUCER_CURVES = Ablation(
+    "Do latents learned together with the decoder stay ahead of PCA's while the decoder trains, and while a generator does?", "VUGEN, section 4.3, figure 6", axis="optimiser steps",
+    steps={"decoder": 1500, "decoder-pca": 1500, "generator": 2500}, shows=_BOTH,
+    variants=sum((_over_training(name, (lambda share: _look(share=share), lambda share: _draw(share=share, **_PROGRESS)), (step, Step("generator", snapshots=_SHARES)))
+                  for name, step in {"joint": Step("decoder", snapshots=_SHARES), "PCA": Step("decoder-pca", folder="decoder", snapshots=_SHARES)}.items()), ()))
+
 # %% ../../nbs/train/ablations.ipynb #6186513b
-ABLATIONS = {"reducer": REDUCER, "ratio": RATIO, "decoder": DECODER, "steps": STEPS, "guidance": GUIDANCE, "target": TARGET, "improved": IMPROVED}
+ABLATIONS = {"reducer": REDUCER, "ratio": RATIO, "decoder": DECODER, "steps": STEPS, "guidance": GUIDANCE, "target": TARGET, "improved": IMPROVED, "curves": CURVES, "reducer-curves": REDUCER_CURVES}
 
 def find_ablation(name):  # a key of ABLATIONS
     "The `Ablation` of that name."
@@ -185,11 +204,16 @@ def sized(count, factor, least=2):
     "A number of steps times a factor, whole and not below `least`."
     return max(least, round(count * factor))
 
+def step_at(steps, share):  # optimiser steps of a training; from 0 to 1
+    "The step at which a share of a training is done."
+    return max(1, round(steps * share))
+
 def step_preset(ablation, step, preset, seed, scale):  # scale: `--steps-scale`
     "The preset with a step's settings; its own held-out figures are kept short, the generators hear plain wording only."
     part, stage = preset.stage(step.stage), step.stage
     steps = sized(ablation.steps[stage], SIZES[preset.name][0] * scale)
     usual = {"recipe.steps": steps, "recipe.seed": seed, "recipe.warmup_steps": min(part.recipe.warmup_steps, max(1, steps // 10)), "recipe.checkpoint_every": min(part.recipe.checkpoint_every, 100)}
+    if step.snapshots: usual["recipe.snapshots"] = sorted({step_at(steps, share) for share in step.snapshots})
     short = {"evaluation": min(8, part.options.get("evaluation", 8)), "plain_steps": 10**9}
     return override(preset, stage, {**usual, **{f"options.{key}": value for key, value in short.items() if key in part.options}, **step.settings})
 
@@ -224,6 +248,10 @@ def root_digests(root, names, preset):  # folders; name of the preset, for the m
     return {name: folder_digest(root / name) for name in names}
 
 # %% ../../nbs/train/ablations.ipynb #c0f9eff6
+def _as_before(part):  # a stage's part of a preset, as plain data
+    "Without the keys that stand at what they were before they could be set: digests of older folders stay true."
+    if not part["recipe"]["snapshots"]: del part["recipe"]["snapshots"]
+
 @dataclass(frozen=True)
 class Part:
     "One training."
@@ -236,6 +264,7 @@ class Part:
         part = dataclasses.asdict(self.preset.stage(self.step.stage))
         for section, names in (("recipe", ("log_every", "checkpoint_every")), ("options", ("evaluation",))):
             for name in names: part[section].pop(name, None)
+        _as_before(part)
         return digest([self.step.stage, self.preset.world, part, {name: getattr(source, "key", source) for name, source in self.sources.items()}])
 
     def home(self, out): return out / "trained" / f"{self.step.stage}-{self.key}"
@@ -268,7 +297,7 @@ def slug(name):
 def check_options(measure):
     "Refuse sampling options that this version does not have."
     if measure.kind != "generation": return
-    known = {"number", "velocity", "decoder_steps", *inspect.signature(generate).parameters} - {"model", "prompts"}
+    known = {"number", "velocity", "decoder_steps", "share", *inspect.signature(generate).parameters} - {"model", "prompts"}
     unknown = sorted(set(measure.options) - known)
     if unknown: raise UserError(f"This version of vugen cannot sample with {unknown[0]}: choose among {', '.join(sorted(known))}.")
 
@@ -392,7 +421,7 @@ def read_json(path, mend):  # what to do where it is damaged
 def describe_point(point):
     "What must stay equal for a stored measurement to be the one that is asked for, whatever its seed."
     parts = {place: [part.step.stage, dataclasses.asdict(part.preset.stage(part.step.stage))] for place, part in point.parts.items()}
-    for _, part in parts.values(): part["recipe"].pop("seed")
+    for _, part in parts.values(): part["recipe"].pop("seed"); _as_before(part)
     return digest([point.preset.world, parts, dataclasses.asdict(point.measure)])
 
 # %% ../../nbs/train/ablations.ipynb #bd34cfd2
@@ -443,13 +472,24 @@ def train_part(part, out, root, command, show=True):
 # %% ../../nbs/train/ablations.ipynb #c459af6b
 COLUMNS = ("variant", "group", "x", "seed", "suite", "category", "metric", "value", "low", "high", "n", "chance")
 
+def link_snapshot(point, share, view, out):  # share of the training that is done
+    "Let the view show a part as it was during its training; the step."
+    part = point.parts[point.measure.folder]
+    step = step_at(part.preset.stage(part.step.stage).recipe.steps, share)
+    folder = snapshot_folder(part.folder(out), step)
+    if not folder.is_dir(): raise UserError(f"{folder} does not exist: delete {part.home(out)} and run the same command again, which trains it anew with snapshots.")
+    link(folder, view / point.measure.folder)
+    return step
+
 def measure_point(point, out, root, command, show=True):
     "Train what a point needs, measure it, and store its rows."
     trained = {place: train_part(part, out, root, command, show) for place, part in point.parts.items()}
     view, start = link_sources(point.sources, out / "views" / slug(point.name) / f"seed-{point.seed}", out, root), time.monotonic()
-    number = sized(point.measure.options.get("number", 200), SIZES[point.preset.name][1], 6)
-    rows = MEASURES[point.measure.kind](view, point.preset, point.seed, point.measure.folder, **{**point.measure.options, "number": number})
-    about = {"variant": point.variant.name, "group": point.variant.group, "x": point.variant.x, "seed": point.seed}
+    options, x = dict(point.measure.options), point.variant.x
+    if (share := options.pop("share", None)) is not None: x = link_snapshot(point, share, view, out)
+    number = sized(options.get("number", 200), SIZES[point.preset.name][1], 6)
+    rows = MEASURES[point.measure.kind](view, point.preset, point.seed, point.measure.folder, **{**options, "number": number})
+    about = {"variant": point.variant.name, "group": point.variant.group, "x": x, "seed": point.seed}
     content = {"digest": describe_point(point), "seconds": round(time.monotonic() - start, 1), "environment": environment(device_here()),
                "trained": {place: {"stage": run["stage"], "steps": run["steps"], "seconds": run["wall_seconds"]} for place, run in trained.items()},
                "rows": [{**dict.fromkeys(COLUMNS), **about, **row} for row in rows]}
