@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from vugen.errors import UserError
-from vugen.train.loop import _shard_precision, stage_parser, train_stage, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, states, train_until, trained_tensors
+from vugen.train.loop import _shard_precision, stage_parser, train_stage, Ema, Progress, SharedDraws, differences, recompute_blocks, repeated_blocks, step_seed, seed_everything, training_mode, check_free, learning_rate_at, load_tensors, make_optimizer, prepare, read_log, restore, run, sample_indices, save_state, snapshots, states, train_until, trained_tensors
 from vugen.train.presets import Preset, Recipe, StagePreset
 
 
@@ -398,3 +398,73 @@ def test_values_that_do_not_go_together_are_one_sentence(words, why, tmp_path):
     from vugen.train.contrastive import ContrastiveStage
     with pytest.raises(UserError) as caught: train_stage(ContrastiveStage, stage_parser("contrastive").parse_args(["--preset", "smoke", "--root", str(tmp_path), "--set", words]))
     assert why in str(caught.value) and "--set KEY=VALUE" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---- snapshots --------------------------------------------------------------------------------------------------------------
+
+def weights_of(folder): return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_with_snapshots_ends_in_the_same_bits(tmp_path):
+    plain = run(*make(), tmp_path / "plain", show=False)
+    watched = run(*make(snapshots=(4, 7, 12)), tmp_path / "watched", show=False)
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "watched")
+    for row, other in zip(read_log(tmp_path / "plain/log.jsonl"), read_log(tmp_path / "watched/log.jsonl")): assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    assert plain["record"]["rows"] == watched["record"]["rows"] and list(snapshots(tmp_path / "watched")) == [4, 7, 12] and not snapshots(tmp_path / "plain")
+    assert weights_of(snapshots(tmp_path / "watched")[12]) == weights_of(tmp_path / "watched") != weights_of(snapshots(tmp_path / "watched")[7])
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.0}, {"ema_start": 6}])
+def test_a_snapshot_is_what_a_run_holds_at_that_step(tmp_path, changes):
+    run(*make(snapshots=(4, 9), **changes), tmp_path / "watched", show=False)
+    for step, folder in snapshots(tmp_path / "watched").items():
+        stage, recipe = make(**changes)
+        training = prepare(stage, recipe, tmp_path / "unused")
+        train_until(training, step, Progress("toy", 12, 0, show=False))
+        if training.ema: training.ema.copy_to(training.module)
+        assert torch.equal(load_file(folder / "model.safetensors")["weight"], training.module[1].weight)
+        record = json.loads((folder / "run.json").read_text())
+        assert record["steps"] == step and record["snapshot"] and record["rows"] == [] and (folder / "README.md").is_file()
+
+
+def test_a_stage_that_changes_its_module_while_it_saves_disturbs_neither_run_nor_checkpoint(tmp_path):
+    class Spoiling(Stage):
+        def save(self, module, out):
+            super().save(module, out)
+            with torch.no_grad(): module[1].weight.add_(torch.rand(1))  # as whitening is measured when a decoder is saved
+    for name, kept in (("plain", ()), ("watched", (4, 12))):
+        made = preset(snapshots=kept)
+        run(Spoiling(made), made.stage("toy").recipe, tmp_path / name, show=False)
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "watched") and json.loads((tmp_path / "plain/run.json").read_text())["rows"] == json.loads((tmp_path / "watched/run.json").read_text())["rows"]
+
+
+def test_snapshots_survive_a_stop_and_leave_with_an_overwritten_run(tmp_path, capsys):
+    run(*make(snapshots=(4, 7, 12)), tmp_path / "whole", show=False)
+    run(*make(snapshots=(4, 7, 12)), tmp_path / "halved", stop_after=8, show=False)
+    assert not snapshots(tmp_path / "halved") and len(list((tmp_path / ".state-halved/snapshots").iterdir())) == 2
+    run(*make(snapshots=(4, 7, 12)), tmp_path / "halved", resume=True, show=False)
+    for step, folder in snapshots(tmp_path / "whole").items(): assert weights_of(folder) == weights_of(snapshots(tmp_path / "halved")[step])
+    (tmp_path / "halved-step-99").mkdir(); (tmp_path / "halved-step-99/thesis.tex").write_text("years of work")
+    run(*make(snapshots=(5,)), tmp_path / "halved", overwrite=True, show=False)
+    assert list(snapshots(tmp_path / "halved")) == [5] and (tmp_path / "halved-step-99/thesis.tex").exists()
+
+
+def test_snapshots_that_are_asked_for_too_late_are_named(tmp_path, capsys):
+    run(*make(), tmp_path / "out", stop_after=5, show=False)
+    run(*make(snapshots=(3, 9)), tmp_path / "out", resume=True, show=False)
+    assert list(snapshots(tmp_path / "out")) == [9] and "no snapshot of step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [(0,), (13,), (2.5,), ("4",), (True,)])
+def test_impossible_snapshots_are_refused(value):
+    with pytest.raises(UserError, match="recipe.snapshots"): preset(snapshots=value)
+
+
+def test_a_state_of_a_version_without_snapshots_can_be_resumed(tmp_path):
+    stage, recipe = make()
+    run(stage, recipe, tmp_path / "out", stop_after=5, show=False)
+    path = states(tmp_path / ".state-out")[-1] / "state.json"
+    content = json.loads(path.read_text())
+    del content["description"]["recipe"]["snapshots"]
+    path.write_text(json.dumps(content))
+    assert run(stage, recipe, tmp_path / "out", resume=True, show=False)["status"] == "finished"

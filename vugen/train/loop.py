@@ -9,9 +9,9 @@ __all__ = ['PATIENCE', 'STATES_KEPT', 'UNMEASURED', 'Stage', 'sample_indices', '
            'recompute_blocks', 'prepare', 'values_fit', 'stage_device', 'stage_autocast', 'to_device', 'SharedDraws',
            'micro_batches', 'train_step', 'optimizer_tensors', 'load_optimizer', 'gathered', 'description',
            'save_state', 'states', 'differences', 'check_same', 'restore', 'read_log', 'duration', 'Progress',
-           'write_log', 'signals_noted', 'train_until', 'run_record', 'finish', 'unmeasured', 'check_free',
-           'default_state', 'run', 'stage_parser', 'settings_of', 'train_stage', 'say_outcome', 'command_line',
-           'stage_main', 'stages_main']
+           'write_log', 'signals_noted', 'snapshot_file', 'keep_snapshot', 'snapshot_folder', 'snapshots',
+           'train_until', 'run_record', 'finish', 'unmeasured', 'check_free', 'default_state', 'run', 'stage_parser',
+           'settings_of', 'train_stage', 'say_outcome', 'command_line', 'stage_main', 'stages_main']
 
 # %% ../../nbs/train/loop.ipynb #1d8f23ce
 import argparse
@@ -35,6 +35,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -534,7 +535,7 @@ def _disk_errors(path):
     except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror or error}): free space there or name another folder.") from error
 
 # %% ../../nbs/train/loop.ipynb #8b796084
-_FREE = ("recipe.log_every", "recipe.checkpoint_every", "options.evaluation", "options.latent_cache")
+_FREE = ("recipe.log_every", "recipe.checkpoint_every", "recipe.snapshots", "options.evaluation", "options.latent_cache")
 _DEFAULTS = {f"recipe.{each.name}": each.default for each in fields(Recipe)}  # of keys that a state is too old to have
 
 
@@ -686,6 +687,36 @@ def _not_finite(training, progress):
     kept = f"the good weights of step {training.step} are kept in {training.state / f'step-{training.step:08d}'}" if training.step else "no step was taken"
     raise UserError(f"{training.stage.name}: the loss or its gradient is not finite at step {training.step + 1}; {kept}: go on with a lower rate (--resume --accept-changes --set recipe.learning_rate={training.recipe.learning_rate / 3:.2g}), or look at that step's samples.")
 
+# %% ../../nbs/train/loop.ipynb #66e02634
+def snapshot_file(state, step):  # folder of training states
+    "Where the weights of a snapshot wait for the end of the training."
+    return Path(state) / "snapshots" / f"step-{step:08d}.safetensors"
+
+
+def keep_snapshot(training):
+    "Write the weights of this moment, averaged where there is an average."
+    averaged = dict(training.ema.tensors(training.module)) if training.ema else {}
+    tensors = gathered(training, {**trained_tensors(training.module), **averaged})
+    if not training.main: return
+    _write_gitignore(training.state)
+    with _disk_errors(training.state), atomic_path(snapshot_file(training.state, training.step)) as temporary: save_file(tensors, temporary, metadata={"seconds": str(round(training.seconds, 1))})
+
+# %% ../../nbs/train/loop.ipynb #99f5960f
+def snapshot_folder(out, step):  # checkpoint folder of the finished training
+    "The checkpoint folder of a snapshot: beside that of the whole training, so that it finds the same frozen parts."
+    return Path(out).parent / f"{Path(out).name}-step-{step}"
+
+
+def snapshots(out):  # checkpoint folder of the finished training
+    "{step: checkpoint folder} of its snapshots."
+    found = {int(path.name.rsplit("-", 1)[1]): path for path in Path(out).parent.glob(f"{Path(out).name}-step-*") if path.name.rsplit("-", 1)[1].isdigit()}
+    return {step: found[step] for step in sorted(found) if _is_snapshot(found[step])}
+
+
+def _is_snapshot(folder):
+    try: return bool(json.loads((folder / "run.json").read_text()).get("snapshot"))
+    except (OSError, ValueError, AttributeError): return False
+
 # %% ../../nbs/train/loop.ipynb #51971c4a
 def train_until(training, last, progress):
     "Steps until `last`, a signal or a loss that is not finite. The next batch is made in the background while this one is learned from."
@@ -697,6 +728,7 @@ def train_until(training, last, progress):
             if training.step + 1 < last: coming = background.submit(micro_batches, training, training.step + 1)
             if not train_step(training, batches): _not_finite(training, progress)
             training.seconds, clock = training.seconds + time.monotonic() - clock, time.monotonic()
+            if training.step in recipe.snapshots: keep_snapshot(training)
             leaving = _asked_to_leave(training)
             if training.step % recipe.log_every == 0 or training.step == last: write_log(training, progress)
             if training.step % recipe.checkpoint_every == 0 or training.step == last or leaving: save_state(training)
@@ -727,6 +759,7 @@ def finish(training, out, command):
     seed_everything(step_seed(training.recipe.seed, "finish"))
     if training.main:
         module.eval()
+        _write_snapshots(training, module, out, command)
         if corpus: training.skipped = {"skipped": len(corpus["skipped"]), "names": dict(list(corpus["skipped"].items())[:20])}
         _write_checkpoint(training, module, out, start, command)
     training.accelerator.wait_for_everyone()
@@ -771,6 +804,28 @@ def _final_module(training):
     load_tensors(module, tensors, "the gathered weights")
     return module
 
+# %% ../../nbs/train/loop.ipynb #185797e8
+def _write_snapshots(training, module, out, command):
+    "The checkpoint folders of the snapshots; the module has its last weights again afterwards."
+    if not training.recipe.snapshots: return
+    last = {name: value.clone() for name, value in trained_tensors(module).items()}
+    for step in training.recipe.snapshots:
+        path = snapshot_file(training.state, step)
+        if not path.exists(): print(f"{training.stage.name}: no snapshot of step {step}, because it was asked for when that step was done", flush=True); continue
+        load_tensors(module, _read(path), path)
+        _write_snapshot(training, module, out, step, command)
+    load_tensors(module, last, "the last weights")
+    seed_everything(step_seed(training.recipe.seed, "finish"))
+
+
+def _write_snapshot(training, module, out, step, command):
+    with safe_open(snapshot_file(training.state, step), "pt") as file: seconds = float(file.metadata()["seconds"])
+    seed_everything(step_seed(training.recipe.seed, "finish"))
+    with _disk_errors(out), atomic_path(snapshot_folder(out, step)) as folder:
+        folder.mkdir()
+        with torch.no_grad(): training.stage.save(module, folder)
+        _write_record(folder, {**run_record(training, [], 0.0, command), "steps": step, "wall_seconds": seconds, "snapshot": True})
+
 # %% ../../nbs/train/loop.ipynb #69447e69
 UNMEASURED = "unmeasured"  # key of a run.json whose rows are still to come
 
@@ -799,6 +854,7 @@ def _clear(state, resume):
     for path in Path(state).glob(".*.tmp*"): shutil.rmtree(path, ignore_errors=True)
     if not resume:
         for path in states(state): shutil.rmtree(path)
+        shutil.rmtree(snapshot_file(state, 0).parent, ignore_errors=True)
         (Path(state) / "log.jsonl").unlink(missing_ok=True)
 
 # %% ../../nbs/train/loop.ipynb #d24dbc37
@@ -824,6 +880,7 @@ def run(stage,  # a `Stage`
     resume = resume or (unmeasured(out) and not overwrite)  # all its steps are done
     training = prepare(stage, recipe, state)
     if training.main: _clear(state, resume)
+    if training.main and overwrite: [shutil.rmtree(path) for path in snapshots(out).values()]
     training.accelerator.wait_for_everyone()
     resumed = resume and restore(training, accept_changes)
     _trim_log(training)

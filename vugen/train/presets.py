@@ -43,8 +43,10 @@ class Recipe:
     ema_device: str = "same"  # where the moving average lies: "same" as the weights, or "cpu"
     ema_start: int = 0  # optimiser steps before the average begins (VUGEN: 50k on StockMix, 10k on ImageNet)
     epsilon: float = 1e-8  # of AdamW; a larger one keeps weights still whose gradient is rounding alone
+    snapshots: tuple = ()  # steps after which the weights of that moment are kept too, as checkpoint folders of their own; the training does not notice
 
     def __post_init__(self):
+        object.__setattr__(self, "snapshots", tuple(self.snapshots))  # JSON knows lists only
         check_recipe(self)
 
 # %% ../../nbs/train/presets.ipynb #ccdf0cd9
@@ -62,6 +64,7 @@ def check_recipe(recipe):
     if recipe.schedule not in ("constant", "cosine"): raise UserError(f"recipe.schedule is {recipe.schedule!r}: give 'constant' or 'cosine'.")
     if recipe.precision not in ("auto", "fp32", "bf16"): raise UserError(f"recipe.precision is {recipe.precision!r}: give 'auto', 'fp32' or 'bf16'.")
     if recipe.ema_device not in ("same", "cpu"): raise UserError(f"recipe.ema_device is {recipe.ema_device!r}: give 'same' or 'cpu'.")
+    if not all(type(step) is int and 1 <= step <= recipe.steps for step in recipe.snapshots): raise UserError(f"recipe.snapshots is {list(recipe.snapshots)!r}: give whole numbers of steps from 1 to recipe.steps, {recipe.steps}, such as [{recipe.steps}].")
     if recipe.batch_size % recipe.gradient_accumulation:
         raise UserError(f"recipe.batch_size {recipe.batch_size} does not divide into {recipe.gradient_accumulation} micro-batches: choose a multiple.")
 
