@@ -19,7 +19,7 @@ from ..data.scenes import World
 from ..errors import UserError
 from ..evaluate.records import environment
 from .arms import PRETRAINING, make_arm
-from .items import KINDS, OUTCOMES, make_items, outcomes
+from .items import OUTCOMES, make_items, outcomes
 from .plans import load_plan_vae, moments, plan_digest, read_plan, spent_at, training_batch, write_plan
 from .readouts import fit_readouts, readout_scores
 from ..models.layers import count_parameters
