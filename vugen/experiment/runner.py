@@ -32,7 +32,7 @@ from ..train.presets import Recipe
 # %% auto #0
 __all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
            'score_arm', 'write_scores', 'read_scores', 'score_moment', 'finish_job', 'run_job', 'run_plan', 'collect',
-           'work_alone', 'main']
+           'curves', 'pilot_record', 'work_alone', 'main']
 
 # %% ../../nbs/experiment/runner.ipynb #991d0005
 class ArmStage:
@@ -305,6 +305,27 @@ def collect(
     return [out / "scores.parquet", out / "records.json", write_plan(here.plan, out / "plan.json")]
 
 # %% ../../nbs/experiment/runner.ipynb #991d0018
+def curves(
+    here: Run,
+) -> list[dict]: # arm, family, step, samples, value: share of text scores won
+    "Mean native text score of atoms and bindings along training, of all finished jobs"
+    found = {}
+    for job in here.jobs():
+        if not here.done(*job): continue
+        for row in read_scores(here.job(*job) / "scores.parquet"):
+            if row["moment"] == "curve": found.setdefault((row["arm"], row["family"], row["step"], row["samples"]), []).append(row["text"])
+    return [{"arm": arm, "family": family, "step": step, "samples": samples, "value": round(sum(values) / len(values), 4), "n": len(values)} for (arm, family, step, samples), values in sorted(found.items())]
+
+def pilot_record(
+    here: Run,
+    decision: str = "", # in words
+) -> dict:
+    "What a plan keeps of a pilot"
+    rows = curves(here)
+    if not rows: raise UserError(f"{here.folder} holds no finished job: run the pilot first.")
+    return {"digest": plan_digest(here.plan), "world": here.plan["world"], "sizes": here.plan["sizes"], "seeds": here.plan["seeds"], "curves": rows, "decision": decision}
+
+# %% ../../nbs/experiment/runner.ipynb #991d001b
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 
 def work_alone(
