@@ -139,7 +139,7 @@ def test_repeated_settings_add_up(tmp_path):
 
 
 def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
-    assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--json", tmp_path / "bind.json", "--root", smoke) == 0
+    assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--items", tmp_path / "items.parquet", "--json", tmp_path / "bind.json", "--root", smoke) == 0
     found = json.loads((tmp_path / "bind.json").read_text())
     assert {"scorer", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0])
     assert all(row["low"] <= row["value"] <= row["high"] for row in found["rows"]) and "versions" in found["run"] and "seed" in found["run"]

@@ -175,6 +175,7 @@ def test_bad_requests_are_one_sentence(arguments, words, tmp_path):
 
 
 def test_bind_puts_scorers_on_the_device_and_records_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
     from vugen.understand import benchmarks
     from vugen.understand.scorers import RandomScorer
     (tmp_path / "vlm").mkdir()
@@ -192,6 +193,7 @@ def test_a_world_that_allows_no_swap_is_refused():
 
 
 def test_bind_asks_about_what_is_held_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
     from vugen.data.scenes import holds, parse
     from vugen.understand import benchmarks
     made, world = [], World(held_out=("red circle",))
@@ -202,3 +204,88 @@ def test_bind_asks_about_what_is_held_out(tmp_path, monkeypatch):
     found = run_bind(root=tmp_path, scorers="random", limit=4)
     assert len(made[0]) == 4 * len(FOIL_KINDS) and all(holds(first, parse("red circle")) for first, _ in made[0].scenes)
     assert found["run"]["world"]["split"] == "test"
+
+
+SCRIPT = """
+import os, signal
+from vugen.understand import benchmarks
+from vugen.understand.scorers import BagOfWordsScorer
+class Mortal(BagOfWordsScorer):
+    asked = 0
+    def score_items(self, images, captions):
+        self.asked += 1
+        if self.asked > int(deaths):
+            assert __name__ == "__main__", "what is known was asked again"  # not the process of the tests
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().score_items(images, captions) * images.mean((2, 3, 4))[:, :, None]
+load, benchmarks.load_scorers = benchmarks.load_scorers, lambda parts, names, device: {"mortal": Mortal(["a red circle"], "mortal")}
+try: rows = benchmarks.run_bind(root=root, limit=20, seed=4, items=items or None)["rows"]
+finally: benchmarks.load_scorers = load
+"""
+
+
+def world_folder(root, **dials):
+    (root / "contrastive").mkdir(parents=True, exist_ok=True)
+    (root / "contrastive" / "run.json").write_text(json.dumps({"world": World(**dials).asdict()}))
+    return root
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_killed_run_on_scenes_ends_with_the_same_numbers(named, tmp_path, monkeypatch):
+    import subprocess
+    import sys
+    from vugen.understand.published import rows_from_items
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    root, items = world_folder(tmp_path / "root"), str(tmp_path / "i.parquet") if named else ""
+    def here(items, deaths):
+        names = {"root": str(root), "items": str(items), "deaths": deaths, "__name__": "here"}
+        exec(SCRIPT, names)
+        return names["rows"]
+    killed = subprocess.run([sys.executable, "-c", f"import sys; root, items, deaths = sys.argv[1:]\n{SCRIPT}", str(root), items, "2"])
+    assert killed.returncode == -9 and not (tmp_path / "i.parquet").exists()
+    resumed, whole = here(items, 1), here(tmp_path / "whole.parquet", 3)  # 160 items are three batches
+    file = tmp_path / "i.parquet" if named else next((tmp_path / "cache" / "bind").glob("scenes-*.parquet"))
+    assert resumed == whole == rows_from_items(file)["rows"] == rows_from_items(tmp_path / "whole.parquet")["rows"] and len(whole) > 20
+    assert [each for each in sorted(file.parent.iterdir()) if "part" in each.suffix or each.name.startswith(".")] == []
+
+
+def test_rows_of_stored_scenes_are_those_of_a_suite_run_at_once(tmp_path, monkeypatch):
+    from vugen.understand import benchmarks
+    from vugen.understand.published import rows_from_items
+    root = world_folder(tmp_path)
+    words = BagOfWordsScorer(["a red circle left of a blue square"])
+    class Seeing(PairScorer):
+        name = "seeing"
+        def score_pairs(self, images, captions): return words.score_pairs(None, captions) * images.flatten(1).var(1)
+    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names, device: {"seeing": Seeing(), "bag-of-words": words})
+    found = run_bind(root=root, limit=6, seed=3, items=tmp_path / "i.parquet")
+    suite = scene_suite(benchmarks.replace(World(), split="test"), n=6, seed=3)
+    assert found["rows"] == [row for scorer in (Seeing(), words) for row in run_suite(scorer, suite).rows()] == rows_from_items(tmp_path / "i.parquet")["rows"]
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    run_bind(root=root, limit=2, seed=3, items=tmp_path / "i.json")
+    assert len(json.loads((tmp_path / "i.json").read_text())) == 2 * 2 * len(FOIL_KINDS)
+    monkeypatch.setattr(Seeing, "score_pairs", None)  # nothing is asked a second time
+    assert run_bind(root=root, limit=6, seed=3, items=tmp_path / "i.parquet")["rows"] == found["rows"]
+    small = run_bind(root=root, limit=2, seed=3, items=tmp_path / "i.parquet")
+    assert small["rows"][0]["n"] == 2 and rows_from_items(tmp_path / "i.parquet")["rows"] == small["rows"] and run_bind(root=root, limit=6, seed=3, items=tmp_path / "i.parquet")["rows"] == found["rows"]
+
+
+def test_scenes_of_another_world_or_seed_are_scored_again(tmp_path, monkeypatch):
+    from vugen.understand import benchmarks
+    asked = []
+    class Counts(RandomScorer):
+        def score_pairs(self, images, captions): asked.append(len(captions)); return super().score_pairs(images, captions)
+    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names, device: {"random": Counts()})
+    for dials, seed, fresh in (({}, 1, True), ({}, 1, False), ({}, 2, True), ({"image_size": 16}, 2, True), ({"image_size": 16}, 2, False)):
+        asked.clear()
+        run_bind(root=world_folder(tmp_path, **dials), limit=2, seed=seed, items=tmp_path / "i.parquet")
+        assert bool(asked) == fresh
+
+
+def test_a_score_that_is_not_a_number_names_scorer_and_item(tmp_path, monkeypatch):
+    from vugen.understand import benchmarks
+    class Broken(PairScorer):
+        name = "broken"
+        def score_pairs(self, images, captions): return torch.full((len(captions),), float("nan"))
+    monkeypatch.setattr(benchmarks, "load_scorers", lambda parts, names, device: {"broken": Broken()})
+    with pytest.raises(UserError, match="'broken'.*swap-attribute/3/0"): run_bind(root=world_folder(tmp_path), limit=1, seed=3, items=tmp_path / "i.parquet")

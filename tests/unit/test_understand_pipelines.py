@@ -475,8 +475,9 @@ def test_winoground_with_a_store_that_is_resumed(root, tmp_path, monkeypatch):
     assert run_published(suite, {scorer.name: scorer}, store, scorer.fingerprint, 32)["rows"] == found["rows"]
 
 
-def test_the_command_line_names_a_pipeline_by_its_folder(root, tmp_path, capsys):
+def test_the_command_line_names_a_pipeline_by_its_folder(root, tmp_path, capsys, monkeypatch):
     from vugen.lab.cli import main
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit) as left: main(["bind", "--suite", "scenes", "--scorer", f"diffusion:{root / 'flow'}", "--limit", "1", "--json", str(tmp_path / "rows.json")])
     found = json.loads((tmp_path / "rows.json").read_text())
     assert left.value.code == 0 and {row["scorer"] for row in found["rows"]} == {"diffusion:flow"} and str(root) not in json.dumps(found)

@@ -10,7 +10,7 @@ import torch
 from vugen.data.images import to_pil
 from vugen.errors import UserError
 from vugen.understand.benchmarks import winoground_scores
-from vugen.understand.published import (BENCHMARKS, RULES, PublishedItem, ScoreStore, Shot, anchored, benchmark_named, bind, item_scores, joint_verdicts, limited, load_published, macro_interval, open_shot,
+from vugen.understand.published import (BENCHMARKS, RULES, PublishedItem, ScoreStore, Shot, anchored, benchmark_named, bind, incomplete_sets, item_scores, joint_verdicts, limited, load_published, macro_interval, open_shot,
                                         order_options, published_rows, rows_from_items, run_published)
 from vugen.understand.scorers import BagOfWordsScorer, ContrastiveScorer, PairScorer, RandomScorer
 
@@ -387,3 +387,203 @@ def test_a_separator_of_lines_inside_a_caption_ends_no_row(tmp_path):
         for name in ("rows.jsonl", "rows.csv"):
             rows = [row for *_, row in read_list(tmp_path / name, "rows")]
             assert [row["caption"] for row in rows] == [f"a red{mark}circle", "b"], name
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from vugen.understand.published import ScoreStore, load_published, run_published
+from vugen.understand.scorers import PairScorer
+class Slow(PairScorer):
+    "Waits for the other process, then answers by caption; dies without a word after some calls"
+    def __init__(self): self.name, self.asked = name, 0
+    def score_pairs(self, images, captions):
+        if not self.asked and other:
+            Path(f"{store}.{name}").touch()
+            while not Path(f"{store}.{other}").exists(): time.sleep(.001)
+        self.asked += 1
+        if self.asked > int(deaths):
+            assert __name__ == "__main__", "what is known was asked again"  # not the process of the tests
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor([float(sum(map(ord, caption)) % 7) for caption in captions])
+found = run_published(load_published("gdbench-clevr", root, size=4), {name: Slow()}, ScoreStore(store), batch_size=1)
+"""
+NAMES = ("root", "store", "name", "other", "deaths")
+
+
+def here(*words):
+    "The same in this process"
+    names = {**dict(zip(NAMES, map(str, words))), "__name__": "here"}
+    exec(SCRIPT, names)
+    return names["found"]["rows"]
+
+
+def started(*words):
+    import subprocess
+    import sys
+    return subprocess.Popen([sys.executable, "-c", f"import sys; {', '.join(NAMES)} = sys.argv[1:]\n{SCRIPT}", *map(str, words)], stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_may_share_a_store(folder, tmp_path):
+    root, store = folder("gdbench-clevr"), tmp_path / "i.parquet"
+    names = [f"CLEVR_{n}.png" for n in range(12)]
+    write(root / "captions/spatial.json", {name: [["A red cube.", "A blue cube."], ["A blue ball.", "A red ball."]] for name in names})
+    for name in names: picture(root / f"images/{name}")
+    running = [started(root, store, "one", "two", 99), started(root, store, "two", "one", 99)]
+    for each in running: assert (each.communicate()[1], each.returncode) == ("", 0)
+    found = ScoreStore(store).read()
+    keys = {item.key for item in load_published("gdbench-clevr", root, size=4).items}
+    for name in ("one", "two"): assert sorted(record["key"] for record in found if record["scorer"] == name) == sorted(keys)
+    assert not (tmp_path / "i.parquet.parts").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_process_leaves_its_scores_to_the_next(folder, tmp_path):
+    root, store = folder("gdbench-clevr"), tmp_path / "i.parquet"
+    assert started(root, store, "one", "", 3).wait() == -9 and not store.exists()
+    kept = ScoreStore(store).read()
+    rows, whole = here(root, store, "one", "", 1), tmp_path / "whole.parquet"  # one item is left
+    assert len(kept) == 3 and not (tmp_path / "i.parquet.parts").exists() and here(root, whole, "one", "", 99) == rows == rows_from_items(store)["rows"] and ScoreStore(whole).read() == ScoreStore(store).read()
+
+
+def test_a_table_drawn_again_knows_nothing_of_a_run_in_progress(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    small = run_published(load_published("sugarcrepe", root, size=6, limit=1), {"d": Dies(99)}, store)
+    with pytest.raises(KeyboardInterrupt): run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(1)}, store, "other weights", batch_size=1)
+    assert store.parts.exists() and rows_from_items(store.path)["rows"] == small["rows"]
+    with pytest.raises(UserError, match="not finished"): 
+        ScoreStore(tmp_path / "new.parquet").add(store.read()[:1]); rows_from_items(tmp_path / "new.parquet")
+
+
+def test_a_picture_of_equal_size_is_another_picture(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(99)}, store)
+    file = root / "val2017" / f"{1:012d}.jpg"
+    size = file.stat().st_size
+    picture(file, (0., 1., 0.))
+    data = file.read_bytes()[:size]
+    file.write_bytes(data + b"\0" * (size - len(data)))
+    scorer = Dies(99)
+    run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert file.stat().st_size == size and scorer.asked == 2  # one picture of two lists
+
+
+def test_a_damaged_picture_is_tried_again(folder, tmp_path):
+    root, store = folder("sugarcrepe"), ScoreStore(tmp_path / "i.parquet")
+    file = root / "val2017" / f"{1:012d}.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good[:200])
+    found = run_published(load_published("sugarcrepe", root, size=6), {"d": Dies(99)}, store)
+    assert found["notes"]["damaged pictures"].startswith("2 of 4")
+    file.write_bytes(good)
+    scorer = Dies(99)
+    found = run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert scorer.asked == 2 and "damaged pictures" not in found["notes"] and found["rows"][-1]["n"] == 4
+    # the same where the file did not change, as on a disk that was away: what could not be scored is asked again
+    record = [{**record, "scores": [], "problem": "away"} if record["place"] == 0 else record for record in store.finished()]
+    store.finish(record, store.about())
+    scorer = Dies(99)
+    run_published(load_published("sugarcrepe", root, size=6), {"d": scorer}, store)
+    assert scorer.asked == 1
+
+
+@pytest.mark.parametrize("name, found, missing", [("sugarcrepe", "2 of 7", "replace_obj.json"), ("sugarcrepe++", "2 of 5", "replace_rel.json"), ("valse", "2 of 11", "foil-it.json"), ("gdbench-clevr", "2 of 7", "recognition_shape.json")])
+def test_a_part_of_the_lists_is_no_whole(name, found, missing, folder, tmp_path):
+    suite = load_published(name, folder(name), size=6)
+    assert suite.notes["missing lists"].startswith(f"{found} lists found") and missing in suite.notes["missing lists"]
+    run = run_published(suite, {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))
+    assert all(row["partial"] == (f"{found} lists" if row["category"] == "all" else "") for row in run["rows"]) and rows_from_items(tmp_path / "i.parquet")["rows"] == run["rows"]
+
+
+def test_whole_benchmarks_carry_no_flag(folder, tmp_path):
+    for name in ("whatsup-coco-qa", "bivlc", "mmvp"):
+        suite = load_published(name, folder(name), size=6)
+        assert "missing lists" not in suite.notes and "partial" not in run_published(suite, {"r": RandomScorer()}, ScoreStore(tmp_path / f"{name}.parquet"))["rows"][0]
+    (tmp_path / "whatsup-coco-qa" / "coco_qa_two_obj.json").unlink()
+    assert load_published("whatsup-coco-qa", tmp_path / "whatsup-coco-qa", size=6).notes["missing lists"].startswith("1 of 2 lists found, coco_qa_two_obj.json is missing")
+
+
+def test_no_anchor_stands_beside_a_part(folder, tmp_path):
+    root = folder("bivlc")
+    (root / "data/test-00000-of-00001.parquet").rename(root / "data/test-00001-of-00003.parquet")
+    suite = load_published("bivlc", root, size=6)
+    rows = run_published(suite, {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))["rows"]
+    assert "1 of 3" in suite.notes["missing lists"] and "test-00000-of-00003.parquet" in suite.notes["missing lists"] and not any(row["anchors"] for row in rows)
+    assert published_rows(BENCHMARKS["bivlc"], "s", suite.items, [np.eye(2)] * 5)[-2]["anchors"]  # as it would stand without the flag
+
+
+def test_a_category_without_any_picture_makes_a_part(folder, tmp_path):
+    root = folder("winoground")
+    for n in (0, 2): (root / f"data/images/ex_{n}_img_0.png").unlink()
+    suite = load_published("winoground", root, size=6)
+    rows = run_published(suite, {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))["rows"]
+    assert suite.notes["missing categories"].startswith("no item of Object") and {row["partial"] for row in rows if row["category"] == "all"} == {"1 of 2 categories"} and not any(row["anchors"] for row in rows)
+
+
+def test_categories_are_large_or_small_whatever_the_limit(tmp_path):
+    root = tmp_path / "aro"
+    count = {("red", "big"): 25, ("old", "wet"): 30, ("new", "dry"): 24}
+    row = lambda pair: {"image_path": "0.jpg", "bbox_x": 0, "bbox_y": 0, "bbox_w": 5, "bbox_h": 5, "true_caption": "a b", "false_caption": "b a", "attributes": list(pair)}
+    write(root / "visual_genome_attribution.json", [row(pair) for pair, n in count.items() for _ in range(n)]); picture(root / "images/0.jpg")
+    suite = load_published("aro-attribution", root, size=4, limit=2)
+    rows = run_published(suite, {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))["rows"]
+    assert {row["category"]: row["n"] for row in rows if row["metric"] == "accuracy"} == {"old_wet": 2, "red_big": 2, "all": 6} and rows[-1]["metric"] == "macro_accuracy" and rows[-1]["n"] == 4
+    assert suite.notes["small categories"].startswith("1 of 3 categories (24 of 79 items) ha") and rows_from_items(tmp_path / "i.parquet")["rows"] == rows
+
+
+def test_symmetric_relations_are_counted(tmp_path):
+    root = tmp_path / "aro"
+    row = lambda name: {"image_path": "0.jpg", "bbox_x": 0, "bbox_y": 0, "bbox_w": 5, "bbox_h": 5, "true_caption": "a b", "false_caption": "b a", "relation_name": name}
+    write(root / "visual_genome_relation.json", [row(name) for name in ("on", "next to", "near", "on", "near")]); picture(root / "images/0.jpg")
+    suite = load_published("aro-relation", root, size=4)
+    assert len(suite) == 2 and suite.notes["symmetric relations"].startswith("3 of 5 items") and "near (2), next to (1)" in suite.notes["symmetric relations"]
+    write(root / "visual_genome_relation.json", [row("near")])
+    with pytest.raises(UserError, match="1 of 1 items.*near"): load_published("aro-relation", root)
+
+
+@pytest.mark.parametrize("key, value, words", [("bbox_x", "NaN", "'bbox_x' that is no finite number (nan)"), ("bbox_y", "-Infinity", "'bbox_y' that is no finite number (-inf)"), ("bbox_h", "1e999", "'bbox_h' that is no finite number (inf)"), ("bbox_w", "1" + "0" * 400, "'bbox_w' that is no finite number"),
+                                               ("bbox_w", "0", "'bbox_w' that is not above 0 (0)"), ("bbox_h", "-3", "'bbox_h' that is not above 0 (-3)"), ("bbox_x", "9" * 5000, "no complete JSON")])
+def test_boxes_are_made_of_finite_numbers(key, value, words, folder):
+    root = folder("aro-relation")
+    path = root / "visual_genome_relation.json"
+    rows = json.loads(path.read_text()); rows[1][key] = "HERE"
+    write(path, json.dumps(rows).replace('"HERE"', value))
+    with pytest.raises(UserError) as error: load_published("aro-relation", root)
+    assert words in str(error.value) and path.name in str(error.value) and ("entry 1" in str(error.value) or "JSON" in words)
+
+
+def test_votes_are_finite_and_an_empty_election_says_so(folder):
+    root = folder("valse")
+    (root / "plurals.json").unlink()
+    rows = json.loads((root / "existence.json").read_text())
+    write(root / "existence.json", json.dumps({"a": rows["existence_3"]}).replace('"caption": 3', '"caption": NaN'))
+    with pytest.raises(UserError, match="'a' has 'caption' that is no finite number"): load_published("valse", root)
+    write(root / "existence.json", {key: rows[key] for key in ("existence_0", "existence_1")})
+    with pytest.raises(UserError, match="all 2 items .*existence.json.* fewer than 2") as error: load_published("valse", root)
+    assert "without any item" not in str(error.value)
+
+
+def test_pairs_of_two_types_are_named(folder):
+    root = folder("mmvp-vlm")
+    write(root / "Questions.csv", "Question ID,Type,Statement\n" + "".join(f"{n},{kind},a\n" for n, kind in ((1, "x"), (2, "x"), (3, "x"), (4, "y"))))
+    for name in ("x/1", "x/2", "x/3", "y/4"): picture(root / f"MLLM_VLM Images/{name}.jpg")
+    suite = load_published("mmvp-vlm", root, size=4)
+    assert suite.notes["types"].startswith("3 (x) and 4 (y)") and len(suite) == 2 and [item.category for item in suite.items] == ["x", "x"]
+
+
+def test_incomplete_sets_are_counted(folder, tmp_path):
+    items = [PublishedItem(place, f"{thing}{place}", tuple("abcd"), group=thing, slot=place) for thing in ("mug", "cup") for place in ("left", "right", "on", "under")][:-1]
+    assert incomplete_sets(BENCHMARKS["whatsup-a"], items) == {"pair_accuracy": (1, 4), "set_accuracy": (1, 2)} and incomplete_sets(BENCHMARKS["valse"], items) == {}
+    found = run_published(load_published("whatsup-a", folder("whatsup-a"), size=6), {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))
+    assert found["notes"]["incomplete sets"].startswith("1 of 4 sets of pair_accuracy and 1 of 2 sets of set_accuracy") and rows_from_items(tmp_path / "i.parquet")["run"]["notes"] == found["notes"]
+    whole = tmp_path / "whatsup-a" / "controlled_images" / "mug_under_of_table.jpeg"
+    picture(whole)
+    assert "incomplete sets" not in run_published(load_published("whatsup-a", tmp_path / "whatsup-a", size=6), {"r": RandomScorer()}, ScoreStore(tmp_path / "i.parquet"))["notes"]
+
+
+@pytest.mark.parametrize("suite", ["scenes", "winoground"])
+def test_captions_only_never_overrides_a_scorer(suite, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
+    root = {"root": folder("winoground")} if suite == "winoground" else {}
+    with pytest.raises(UserError, match="'contrastive' looks at pictures"): bind(suite, "bag-of-words,contrastive", captions_only=True, limit=1, **root)
+    assert {row["scorer"] for row in bind(suite, "bag-of-words", captions_only=True, limit=1, **root)["rows"]} == {"bag-of-words"}

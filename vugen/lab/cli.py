@@ -334,7 +334,7 @@ class Bind:
     root: Optional[Path] = None  # the published benchmark's folder; with scenes, the folder of checkpoints
     checkpoints: Optional[Path] = None  # folder of checkpoints, for every suite
     images: Optional[Path] = None  # folder of the benchmark's pictures, where they lie elsewhere
-    items: Optional[Path] = None  # Parquet file for the scores of every item; a killed run of a published benchmark goes on from it
+    items: Optional[Path] = None  # Parquet file for the scores of every item, one in the cache if none is named; a killed run goes on from it
     captions_only: bool = False  # the two baselines that look at no picture
     from_items: Optional[Path] = None  # draw the table again from such a file, without a model
     device: str = "auto"  # auto, cpu or cuda

@@ -5,6 +5,7 @@
 # %% ../../nbs/understand/benchmarks.ipynb #a1668c9c
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,14 @@ from ..data.scenes import World, render, to_float
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
-from ..paths import atomic_path
+from ..paths import atomic_path, cache_dir
+from .score_store import ScoreStore, code_digest, finish_stored, run_stored, scores_of, weights_mark
 from .scorers import Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
 __all__ = ['CHANCE', 'SUITE_SEED', 'ORIGINAL_SIDE', 'ONE_WAY', 'SUITES', 'winoground_scores', 'BindingItem', 'Suite',
-           'scene_suite', 'SuiteResult', 'save_records', 'run_suite', 'Pivot', 'plot_rows', 'pretrained_marks',
-           'run_bind']
+           'scene_suite', 'SuiteResult', 'save_records', 'run_suite', 'Pivot', 'plot_rows', 'stored_results',
+           'judge_scenes', 'pretrained_marks', 'bind_cache', 'run_bind']
 
 # %% ../../nbs/understand/benchmarks.ipynb #2dbd5f38
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "pair": 1 / 2, "group_match": 1 / 2}
@@ -68,12 +70,18 @@ class Suite:
     pictures: Callable  # indices [B] → float [B, 2, 3, H, W]; where there is no second picture, the first again
     scenes: list | None = None  # the two scenes behind each item, if known; None for a picture that is not there
     sized: Callable | None = None  # (indices [B], side in pixels or "original") → pictures of that side, or B × 2 Pillow pictures at their own sizes
+    identity: Callable | None = None  # index → what its pictures are made from, in words; none: their pixels tell
 
     def __len__(self): return len(self.items)
 
     def shown(self, indices: Sequence[int], size: int | str | None = None):
         "Pictures as a scorer wants them, see its `picture_size`; those of the suite where it wants nothing"
         return self.pictures(indices) if size is None or self.sized is None else self.sized(indices, size)
+
+    def digest(self, index: int, pictures: bool = True) -> str:
+        "16 hex digits over the captions of an item and, unless they play no part, its pictures"
+        seen = b"" if not pictures else repr(self.identity(index)).encode() if self.identity else self.pictures([index]).numpy().tobytes()
+        return hashlib.sha256(json.dumps(self.items[index].captions).encode() + seen).hexdigest()[:16]
 
 # %% ../../nbs/understand/benchmarks.ipynb #fc90a686
 SUITE_SEED = 9_000_000  # added to the suite's seed: training runs use small ones
@@ -97,7 +105,8 @@ def scene_suite(
     items = [BindingItem(foil.kind, f"{foil.kind}/{seed}/{number % n}", (foil.caption_0, foil.caption_1), not foil.complete or foil.kind in ONE_WAY) for number, foil in enumerate(foils)]
     pictures = lambda indices, size=world.image_size: torch.stack([_foil_pictures(foils[index], size) for index in indices])
     large = lambda indices: [[to_pil(picture) for picture in pair] for pair in pictures(indices, max(ORIGINAL_SIDE, world.image_size))]
-    return Suite("scenes", items, pictures, [(foil.scene_0, foil.scene_1) for foil in foils], lambda indices, size: large(indices) if size == "original" else pictures(indices, size))
+    identity = lambda index: (foils[index].scene_0, foils[index].scene_1, sorted(world.asdict().items()), code_digest())  # what is drawn, and what draws it
+    return Suite("scenes", items, pictures, [(foil.scene_0, foil.scene_1) for foil in foils], lambda indices, size: large(indices) if size == "original" else pictures(indices, size), identity)
 
 # %% ../../nbs/understand/benchmarks.ipynb #0a196e85
 @dataclass
@@ -209,6 +218,27 @@ def plot_rows(
     axis.legend(frameon=False, fontsize=7, ncol=4, loc="lower left", bbox_to_anchor=(0, 1)); axis.figure.tight_layout()
     return axis
 
+# %% ../../nbs/understand/benchmarks.ipynb #6d0b1f52
+def stored_results(
+    records: Sequence[dict],  # of a `ScoreStore`
+    scorers: Sequence[str],  # whose, in the order of the table
+) -> list[SuiteResult]:
+    "The results behind stored records, without a model"
+    def result(name):
+        mine = sorted((record for record in records if record["scorer"] == name), key=lambda record: record["place"])
+        items = [BindingItem(record["category"], record["key"], tuple(record["captions"]), record["one_way"]) for record in mine]
+        return SuiteResult(name, mine[0]["suite"], items, torch.from_numpy(np.stack([scores_of(record) for record in mine])))
+    return [result(name) for name in scorers]
+
+def judge_scenes(
+    suite: Suite,
+    indices: Sequence[int],
+    scorer,  # any `Scorer`
+) -> list[tuple]:  # (index, [2, 2] scores, no problem)
+    "Scores of some items, for the store"
+    matrix = score_items(scorer, suite.shown(indices, getattr(scorer, "picture_size", None)), [suite.items[index].captions for index in indices])
+    return [(index, each, "") for index, each in zip(indices, matrix.double().numpy(), strict=True)]
+
 # %% ../../nbs/understand/benchmarks.ipynb #79fce20f
 SUITES = ("scenes",)
 
@@ -219,17 +249,24 @@ def pretrained_marks(
     marks = {name: scorer.fingerprint for name, scorer in scorers.items() if hasattr(scorer, "fingerprint")}
     return {"pretrained": marks} if marks else {}
 
+def bind_cache(
+    name: str,  # of a suite
+    root: str | Path,  # the folder that it is about
+) -> Path:
+    "Where scores of items are kept unless a file is named"
+    return cache_dir() / "bind" / f"{name}-{hashlib.sha256(str(Path(root).expanduser().resolve()).encode()).hexdigest()[:8]}.parquet"
+
 def run_bind(
     suite: str = "scenes",  # one of `SUITES`
     scorers: str | Sequence[str] = "all",  # names, see `vugen.understand.scorers.scorer_names`; KIND:FOLDER for pretrained models
     root: str | Path | None = None,  # folder of checkpoints; none is the embedded `tiny` one
     limit: int = 200,  # items of each kind of foil
     seed: int = 0,  # of the items
-    items: str | Path | None = None,  # .json or .parquet file for the scores of every item
+    items: str | Path | None = None,  # .parquet file for the scores of every item, from which a killed run goes on (.json: only written); none: one in the cache
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
     device: str | torch.device = "cpu",  # where the scorers are put
     command: str = "bind",  # for the record
-) -> dict:  # {"run": …, "rows": […]}
+) -> dict:  # {"run": …, "rows": […], "store": file of the scores}
     "Trained scorers on a binding suite of the world's test split: long-form rows with 95% intervals"
     if suite not in SUITES: raise UserError(f"there is no suite {suite!r}: choose among {', '.join(SUITES)}.")
     if limit < 1: raise UserError(f"limit is {limit}: give at least 1 item of each kind.")
@@ -237,8 +274,11 @@ def run_bind(
     loaded = load_scorers(parts, scorers, device)
     world = replace(parts.world, split="test")
     made = scene_suite(world, n=limit, seed=seed)
-    results = [run_suite(scorer, made, progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None) for name, scorer in loaded.items()]
-    if items: save_records([record for result in results for record in result.records()], items)
     left_out = [name for name in scorer_names("all") if name not in loaded] if scorers == "all" else []
     run = run_record(command, seed, parts.root, device, suite=suite, scorers=list(loaded), not_trained=left_out, limit=limit, world=world.asdict(), **pretrained_marks(loaded))
-    return {"run": run, "rows": [row for result in results for row in result.rows()]}
+    store = ScoreStore(items if items and Path(items).suffix != ".json" else bind_cache(suite, parts.root))
+    found, _ = run_stored(made, loaded, store, lambda indices, scorer: judge_scenes(made, indices, scorer), weights_mark(run), batch_size=64, progress=progress)
+    results = stored_results([record for records in found.values() for record in records], list(found))
+    finish_stored(made, found, store, notes={})
+    if items and Path(items) != store.path: save_records([record for result in results for record in result.records()], items)
+    return {"run": run, "rows": [row for result in results for row in result.rows()], "store": store.path}

@@ -12,11 +12,10 @@ import json
 import math
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial as bound
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,16 @@ from ..data.images import load_image, to_tensor
 from ..errors import UserError
 from ..evaluate.intervals import wilson
 from ..evaluate.records import run_record
-from ..paths import atomic_path, cache_dir
-from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, pretrained_marks, run_bind, winoground_scores
+from .benchmarks import CHANCE, SUITES, BindingItem, Suite, SuiteResult, bind_cache, pretrained_marks, run_bind, stored_results, winoground_scores
+from .score_store import ScoreStore, file_digest, finish_stored, run_stored, scores_of, weights_mark
 from .scorers import ContrastiveScorer, Parts, load_scorers, score_items, scorer_names
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'RULES', 'BENCHMARKS', 'SYMMETRIC', 'BLIND', 'Shot', 'PublishedItem', 'open_original', 'open_shot',
            'read_list', 'Folder', 'Rule', 'Benchmark', 'order_options', 'recognised', 'benchmark_named', 'limited',
            'PublishedSuite', 'load_published', 'item_scores', 'blind_scores', 'macro_interval', 'joint_verdicts',
-           'published_rows', 'ScoreStore', 'item_digest', 'score_batch', 'rows_of', 'run_published', 'rows_from_items',
-           'bind', 'anchored']
+           'incomplete_sets', 'published_rows', 'item_digest', 'judge_items', 'rows_of', 'run_published',
+           'rows_from_items', 'blind_names', 'bind', 'anchored']
 
 # %% ../../nbs/understand/published.ipynb #2e1b5fb8
 @dataclass(frozen=True)
@@ -106,6 +105,8 @@ def _read_text(path, wants): # text of a list, a mark of byte order taken away
 def _parse(path, text, wants, where="", first=1): # JSON, or one sentence that tells where it breaks
     try: return json.loads(text, object_pairs_hook=_once(f"{path}{where}", wants))
     except json.JSONDecodeError as error: raise _unlike(path, f" is no complete JSON, line {error.lineno + first - 1}, column {error.colno} ({error.msg})", wants) from error
+    except UserError: raise
+    except ValueError as error: raise _unlike(path, f" is no complete JSON ({' '.join(str(error).split())[:80]})", wants) from error  # a number of thousands of digits
     except RecursionError as error: raise _unlike(path, " is nested too deeply", wants) from error
 
 def _parquet_rows(path, wants): # rows of a table; pictures stay in the file
@@ -142,6 +143,7 @@ class Folder:
     wants: str  # the format in words, for messages
     images: Path | None = None  # a folder of pictures that lies elsewhere
     notes: dict[str, str] = field(default_factory=dict)
+    partial: str = ""  # "2 of 7 lists", where some are missing
 
     def file(self, *names: str) -> Path:
         "The first of these files that exists"
@@ -149,10 +151,18 @@ class Folder:
             if (self.root / name).is_file(): return self.root / name
         raise UserError(f"{self.root} has no {names[0]}: expected {self.wants}.")
 
-    def files(self, *names: str) -> list[Path]:
-        "All of these files that exist, at least one"
-        found = [self.root / name for name in names if (self.root / name).is_file()]
-        return found or [self.file(*names)]
+    def lists(self, *lists: tuple[str, ...]) -> list[Path]:
+        "Those lists that exist, each under the first of its names; at least one"
+        found = [next((self.root / name for name in names if (self.root / name).is_file()), None) for names in lists]
+        if not any(found): self.file(*lists[0])
+        self.lacks(len(lists), [Path(names[0]).name for names, path in zip(lists, found) if not path])
+        return [path for path in found if path]
+
+    def lacks(self, total: int, missing: Sequence[str]) -> None:
+        "Note which of the lists are missing, and that what is read is a part"
+        if not missing: return
+        self.partial = f"{total - len(missing)} of {total} lists"
+        self.notes["missing lists"] = f"{self.partial} found, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: rows of `all` are about those found, and no published figure stands beside them."
 
     def rows(self, path: Path): return read_list(path, self.wants)
 
@@ -161,6 +171,12 @@ class Folder:
         if not isinstance(row, dict) or row.get(name) is None: raise _unlike(where, f" has no {name!r}", self.wants)
         if not isinstance(row[name], kind) or isinstance(row[name], bool): raise _unlike(where, f" has {name!r} that is a {type(row[name]).__name__}", self.wants)
         return row[name]
+
+    def number(self, row, where: str, name: str) -> float:
+        "A field that holds a finite number"
+        value = self.get(row, where, name, (int, float))
+        if not abs(value) < 1e15: raise _unlike(where, f" has {name!r} that is no finite number ({str(value)[:20]})", self.wants)
+        return float(value)
 
     def text(self, row, where: str, name: str) -> str:
         "A field that holds words"
@@ -233,7 +249,7 @@ def _two_by_two(lists, folders, images, captions, category, key="id"):
     "A loader of items with two pictures and two captions, given the names of the fields"
     def load(folder):
         items = []
-        for path in folder.files(*lists) if not any("*" in name for name in lists) else _globbed(folder, lists):
+        for path in _globbed(folder, lists):
             for where, place, row in folder.rows(path):
                 table = path.suffix == ".parquet" and images[0] not in row
                 shots = tuple(Shot(path, row=row[""], column=name) if table else folder.shot(folder.get(row, where, name), where, *folders) for name in images)
@@ -243,9 +259,14 @@ def _two_by_two(lists, folders, images, captions, category, key="id"):
         return items
     return load
 
-def _globbed(folder, patterns):
-    found = [path for pattern in patterns for path in sorted(folder.root.glob(pattern))]
-    return found or [folder.file(*patterns)]
+def _globbed(folder, patterns): # all files of these names; of a table in shards, those that are missing are noted
+    found = [path for pattern in patterns for path in sorted(folder.root.glob(pattern)) if path.is_file()] or [folder.file(*patterns)]
+    shards = {path.name: shard for path in found if (shard := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\.parquet", path.name))}
+    if shards:
+        before, number, total = next(iter(shards.values())).groups()
+        names = [f"{before}{each:0{len(number)}d}-of-{total}.parquet" for each in range(int(total))]
+        folder.lacks(len(names), [name for name in names if name not in shards])
+    return found
 
 def _named(*names): # category from fields, where they are there
     return lambda row, path: " ".join(str(row[name]).strip() for name in names if row.get(name)) or "untagged"
@@ -274,7 +295,9 @@ def _aro(name, category):
     def load(folder):
         items = []
         for where, place, row in folder.rows(folder.file(name)):
-            left, top, width, height = (float(folder.get(row, where, f"bbox_{side}", (int, float))) for side in "xywh")
+            left, top, width, height = (folder.number(row, where, f"bbox_{side}") for side in "xywh")
+            for side, length in (("w", width), ("h", height)):
+                if length <= 0: raise _unlike(where, f" has 'bbox_{side}' that is not above 0 ({length:.6g})", folder.wants)
             shot = folder.shot(folder.text(row, where, "image_path"), where, "images", box=(left, top, left + width, top + height))
             items.append(PublishedItem(category(folder, row, where), place, (folder.text(row, where, "true_caption"), folder.text(row, where, "false_caption")), shots=(shot,)))
         return items
@@ -344,11 +367,14 @@ for _name, _title, _lists, _folders, _clip, _neg in (("aro-coco-order", "ARO COC
 # %% ../../nbs/understand/published.ipynb #0d555e15
 _SUGAR = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 
-def _sugar(captions):
+def _lists(places, *stems): # names under which lists may lie; a stem is one name, or several of the same list
+    return [tuple(f"{place}{stem}.json" for stem in ((names,) if isinstance(names, str) else names) for place in places) for names in stems]
+
+def _sugar(captions, kinds):
     "A loader of SugarCrepe's lists, one a kind of foil"
     def load(folder):
         items = []
-        for path in folder.files(*(f"{place}{kind}.json" for place in ("", "data/") for kind in _SUGAR)):
+        for path in folder.lists(*_lists(("", "data/"), *kinds)):
             for where, place, row in folder.rows(path):
                 shot = folder.shot(folder.text(row, where, "filename"), where, "val2017", "images/val2017", "coco/val2017")
                 items.append(PublishedItem(path.stem, f"{path.stem}/{folder.id(row, where, 'id', place)}", tuple(folder.text(row, where, name) for name in captions), shots=(shot,)))
@@ -356,27 +382,31 @@ def _sugar(captions):
     return load
 
 _SUGAR_MARKS = lambda pattern: tuple((f"{place}{kind}.json", pattern) for place in ("", "data/") for kind in _SUGAR)
-_add("sugarcrepe", "SugarCrepe", "add_att.json … swap_obj.json ({id: {filename, caption, negative_caption}}) beside val2017/ of COCO", _sugar(("caption", "negative_caption")), "choice", _SUGAR_MARKS(r'(?s)^(?!.*"caption2").*"negative_caption"'),
+_add("sugarcrepe", "SugarCrepe", "add_att.json … swap_obj.json ({id: {filename, caption, negative_caption}}) beside val2017/ of COCO", _sugar(("caption", "negative_caption"), _SUGAR), "choice", _SUGAR_MARKS(r'(?s)^(?!.*"caption2").*"negative_caption"'),
      anchors={(kind, "accuracy"): {"CLIP L/14": value} for kind, value in dict(replace_obj=94.1, replace_att=79.2, replace_rel=65.2, swap_obj=60.2, swap_att=62.3, add_obj=78.3, add_att=71.5).items()})
-_add("sugarcrepe++", "SugarCrepe++", "replace_att.json … swap_obj.json (filename, caption, caption2, negative_caption) beside val2017/ of COCO", _sugar(("caption", "caption2", "negative_caption")), "both", _SUGAR_MARKS('"caption2"'))
+_add("sugarcrepe++", "SugarCrepe++", "replace_att.json … swap_obj.json (filename, caption, caption2, negative_caption) beside val2017/ of COCO", _sugar(("caption", "caption2", "negative_caption"), _SUGAR[2:]), "both", _SUGAR_MARKS('"caption2"'))  # nothing is added there
 
 # %% ../../nbs/understand/published.ipynb #07d85087
 _VALSE = {"existence": "visual7w/images", "plurals": "plurals/test_images", "counting-hard": "visual7w/images", "counting_hard": "visual7w/images", "counting-small-quant": "visual7w/images", "counting-adversarial": "visual7w/images",
           "counting_adversarial": "visual7w/images", "relations": "relations/test_images", "relation": "relations/test_images", "action-replacement": "actions/images_512", "actant-swap": "actions/images_512",
           "coreference-standard": "coref/release_too_many_is_this_in_color/images", "coreference-hard": "coref/release_v18/test_images", "foil-it": "val2014"}
 
+_VALSE_LISTS = _lists(("", "data/", "data/actions/"), "existence", "plurals", ("counting-hard", "counting_hard"), "counting-small-quant", ("counting-adversarial", "counting_adversarial"), ("relations", "relation"),
+                      "action-replacement", "actant-swap", "coreference-standard", "coreference-hard", "foil-it")
+
 def _valse(folder):
     "VALSE: foils that at least two of three annotators found valid captions for"
-    items, judged = [], 0
-    for path in folder.files(*(f"{place}{name}.json" for place in ("", "data/", "data/actions/") for name in _VALSE)):
+    items, judged, paths = [], 0, folder.lists(*_VALSE_LISTS)
+    for path in paths:
         for where, place, row in folder.rows(path):
             judged += 1
-            votes = folder.get(folder.get(row, where, "mturk", dict), where, "caption", (int, float))
+            votes = folder.number(folder.get(row, where, "mturk", dict), where, "caption")
             if votes < 2: continue
             said = row.get("caption")
             caption = folder.text({"caption": said[0]} if isinstance(said, list) and said else row, where, "caption")
             shot = folder.shot(folder.text(row, where, "image_file"), where, _VALSE[path.stem], f"data/{_VALSE[path.stem]}", path.stem)
             items.append(PublishedItem(path.stem, f"{path.stem}/{place}", (caption, folder.text(row, where, "foil")), shots=(shot,)))
+    if judged and not items: raise UserError(f"{folder.root}: all {judged} items of {', '.join(path.name for path in paths)} had fewer than 2 votes ('mturk': {{'caption'}}) and are left out, as published, so that none is left to judge; expected {folder.wants}.")
     folder.notes["annotators"] = f"{judged - len(items)} of {judged} items had fewer than 2 votes and are left out, as published."
     return items
 
@@ -384,12 +414,14 @@ _add("valse", "VALSE", "existence.json, plurals.json … ({id: {caption, foil, i
      tuple((f"{place}{name}.json", r'"foils?"') for place in ("", "data/", "data/actions/") for name in _VALSE), macro=True)
 
 # %% ../../nbs/understand/published.ipynb #cdae9a87
-_CLEVR = ("pair_binding_size", "pair_binding_color", "recognition_color", "recognition_shape", "spatial", "binding_color_shape", "binding_shape_color", "binding_size_shape")
+_CLEVR = ("pair_binding_size", "pair_binding_color", "recognition_color", "recognition_shape", "spatial", "binding_color_shape", "binding_shape_color")
+_CLEVR_MORE = ("binding_size_shape",)  # its maker writes this list too; the published evaluation has no use for it
 
 def _clevr(folder):
     "GDBench CLEVR: lists of (true, false) captions for each picture"
-    items = []
-    for path in folder.files(*(f"{place}{name}.json" for place in ("captions/", "", "validation/captions/") for name in _CLEVR)):
+    items, places = [], ("captions/", "", "validation/captions/")
+    more = [next((path for name in names if (path := folder.root / name).is_file()), None) for names in _lists(places, *_CLEVR_MORE)]
+    for path in (*folder.lists(*_lists(places, *_CLEVR)), *filter(None, more)):
         for where, place, row in folder.rows(path):
             if not isinstance(row, list) or not all(isinstance(pair, list) and len(pair) >= 2 and all(isinstance(each, str) and each.strip() for each in pair[:2]) for pair in row): raise _unlike(where, " is no list of pairs of captions", folder.wants)
             shot = folder.shot(place, where, "images", "validation/images")
@@ -410,7 +442,7 @@ def _first(row, *names): return next((name for name in names if name in row), na
 
 def _mmvp_vlm(folder):
     "MMVP-VLM: statements in pairs, an odd id and the next one"
-    found, items = {}, []
+    found, items, mixed = {}, [], []
     for where, _, row in folder.rows(folder.file("Questions.csv")):
         number = _number(folder, row, where, _first(row, "question id", "id", "questionid"))
         if number in found: raise _unlike(where, f" has the id {number} a second time", folder.wants)
@@ -421,8 +453,12 @@ def _mmvp_vlm(folder):
             if number - 1 not in found: raise _unlike(where, f" has the id {number} and no line has {number - 1}", folder.wants)
             continue
         if number + 1 not in found: raise _unlike(where, f" has the id {number} and no line has {number + 1}", folder.wants)
-        shots = tuple(folder.shot(f"{each}.jpg", where, f"MLLM_VLM Images/{kind}", f"MLLM_VLM_Images/{kind}", kind) for each in (number, number + 1))
+        second = found[number + 1][1]
+        if second != kind: mixed.append(f"{number} ({kind}) and {number + 1} ({second})")
+        places = lambda *kinds: (f"{above}{each}" for each in dict.fromkeys(kinds) for above in ("MLLM_VLM Images/", "MLLM_VLM_Images/", ""))
+        shots = folder.shot(f"{number}.jpg", where, *places(kind)), folder.shot(f"{number + 1}.jpg", where, *places(second, kind))
         items.append(PublishedItem(kind, f"{number}", tuple(f"a photo of {each}" for each in (words, found[number + 1][2])), shots=shots))
+    if mixed: folder.notes["types"] = f"{', '.join(mixed)} make a pair and are of different types: each pair counts under its first, but look whether a line is missing from the list."
     return items
 
 _add("mmvp-vlm", "MMVP-VLM", "Questions.csv (Question ID, Type, Statement; an odd id and the next make a pair) beside 'MLLM_VLM Images'/TYPE/ID.jpg", _mmvp_vlm, "pictures", (("Questions.csv", "(?i)statement"),),
@@ -472,7 +508,7 @@ def _question_rows(prefix, picture, folders):
     "A loader of What'sUp's rows [id, true, false], one object and two"
     def load(folder):
         items = []
-        for path in folder.files(f"{prefix}_qa_one_obj.json", f"{prefix}_qa_two_obj.json"):
+        for path in folder.lists((f"{prefix}_qa_one_obj.json",), (f"{prefix}_qa_two_obj.json",)):
             for where, place, row in folder.rows(path):
                 if not isinstance(row, list) or len(row) < 3 or not all(isinstance(words, str) and words.strip() for words in row[1:3]): raise _unlike(where, " is no row [id, true, false]", folder.wants)
                 items.append(PublishedItem(f"{path.stem.split('_')[2]} object", f"{path.stem}/{place}", (row[1], row[2]), shots=(folder.shot(picture(row[0]), where, *folders),)))
@@ -516,12 +552,39 @@ def limited(
         if item.group in groups if item.group else counts[item.category] <= limit: kept.append(item)
     return kept
 
+# %% ../../nbs/understand/published.ipynb #e3b9f0a2
+def _asymmetric(items, benchmark, folder): # without categories that are left out
+    dropped = Counter(item.category for item in items if item.category in benchmark.dropped)
+    if not dropped: return items
+    said = f"{sum(dropped.values())} of {len(items)} items are left out, as published, because their relation means the same both ways: {', '.join(f'{name} ({count})' for name, count in dropped.most_common())}"
+    if sum(dropped.values()) == len(items): raise UserError(f"{folder.root}: {said}; expected {folder.wants}.")
+    folder.notes["symmetric relations"] = f"{said}."
+    return [item for item in items if item.category not in dropped]
+
+def _large(items, benchmark, notes): # categories with enough items in the list, whatever is left of them later
+    if benchmark.least <= 1: return None
+    counts = Counter(item.category for item in items)
+    small = {category: count for category, count in counts.items() if count < benchmark.least}
+    if small: notes["small categories"] = f"{len(small)} of {len(counts)} categories ({sum(small.values())} of {len(items)} items) ha{'s' if len(small) == 1 else 've'} fewer than {benchmark.least} items in the list: no row and no part in the macro accuracy, as published{', of which there is none' if len(small) == len(counts) else ''}."
+    return tuple(sorted(set(counts) - set(small)))
+
+def _note_lost(items, kept, large, folder): # categories without any picture make a part of the whole
+    named = set(large) if large is not None else {item.category for item in items}
+    lost = sorted(named - {item.category for item in kept})
+    if not lost: return
+    folder.partial = ", ".join(filter(None, (folder.partial, f"{len(named) - len(lost)} of {len(named)} categories")))
+    folder.notes["missing categories"] = f"no item of {', '.join(lost)} has its pictures: rows of `all` are about the others, and no published figure stands beside them."
+
 # %% ../../nbs/understand/published.ipynb #4c8a72ab
 @dataclass
 class PublishedSuite(Suite):
     "A published benchmark, read from a folder"
     benchmark: Benchmark | None = None
     notes: dict[str, str] = field(default_factory=dict)  # what a reader of the table should know
+    partial: str = ""  # what part of the benchmark this is, if it is not the whole
+    large: tuple[str, ...] | None = None  # categories with enough items in the list to be judged by themselves; none: all
+
+    def digest(self, index: int, pictures: bool = True) -> str: return item_digest(self.items[index], pictures)
 
 def load_published(
     name: str,  # one of `BENCHMARKS`
@@ -541,15 +604,18 @@ def load_published(
     folder = Folder(root, benchmark.wants, Path(images).expanduser() if images else None)
     items = benchmark.load(folder)
     _checked_items(items, root, benchmark)
+    items = _asymmetric(items, benchmark, folder)
+    large = _large(items, benchmark, folder.notes)
     kept = [item for item in items if not pictures or all(shot.there for shot in item.shots)]
     if not kept: raise UserError(f"{next(shot.path for shot in items[0].shots if not shot.there)} is missing, and so is a picture of each of the {len(items)} items: expected {benchmark.wants}; pictures that lie elsewhere are named with --images.")
     if len(kept) < len(items): folder.notes["missing pictures"] = f"{len(items) - len(kept)} of {len(items)} items are left out because a picture is missing, the first {next(shot.path.name for item in items for shot in item.shots if not shot.there)}."
     same = sum(len(set(item.captions)) < len(item.captions) for item in kept)
     if same: folder.notes["equal captions"] = f"{same} items hold the same caption twice and cannot be won."
+    _note_lost(items, kept, large, folder)
     kept = limited(kept, limit)
     opened = lambda indices, side=size: torch.stack([torch.stack([open_shot(shot, side) for shot in kept[index].shots]) for index in indices])
     originals = lambda indices: [[open_original(shot) for shot in kept[index].shots] for index in indices]
-    return PublishedSuite(name, kept, opened, sized=lambda indices, side: originals(indices) if side == "original" else opened(indices, side), benchmark=benchmark, notes=folder.notes)
+    return PublishedSuite(name, kept, opened, sized=lambda indices, side: originals(indices) if side == "original" else opened(indices, side), benchmark=benchmark, notes=folder.notes, partial=folder.partial, large=large)
 
 def _checked_items(items, root, benchmark):
     if not items: raise UserError(f"{root} holds a list of {benchmark.title} without any item: expected {benchmark.wants}.")
@@ -592,12 +658,18 @@ def macro_interval(
     return value, max(0.0, value - below), min(1.0, value + above)
 
 # %% ../../nbs/understand/published.ipynb #ca6b067c
-def _row(benchmark, scorer, category, metric, estimate, n, chance):
+def _row(benchmark, scorer, partial, category, metric, estimate, n, chance):
     value, low, high = estimate
-    anchors = {who: share / 100 for who, share in benchmark.anchors.get((category, metric), {}).items()}
-    return {"scorer": scorer, "suite": benchmark.name, "category": category, "metric": metric, "value": value, "low": low, "high": high, "n": n, "chance": chance, "anchors": anchors}
+    anchors = {} if partial and category == "all" else {who: share / 100 for who, share in benchmark.anchors.get((category, metric), {}).items()}
+    flag = {"partial": partial if category == "all" else ""} if partial else {}
+    return {"scorer": scorer, "suite": benchmark.name, "category": category, "metric": metric, "value": value, "low": low, "high": high, "n": n, "chance": chance, "anchors": anchors, **flag}
 
 def _share(won): return wilson(sum(won), len(won))[:3]
+
+def _sets(benchmark, items): # metric → the items' places of each set, None for one that is missing
+    groups = {}
+    for place, item in enumerate(items): groups.setdefault(item.group, {})[item.slot] = place
+    return {metric: [[group.get(slot) for slot in slots] for slots in sets for group in groups.values()] for metric, sets in benchmark.joint}
 
 def joint_verdicts(
     benchmark: Benchmark,
@@ -605,11 +677,15 @@ def joint_verdicts(
     won: Sequence[bool],  # whether each item was won
     chance: Sequence[float],  # of each item
 ) -> dict[str, list[tuple[bool, float]]]:  # metric → (won, chance) of each complete set
-    "Sets of items that are won only together; a set of which an item is missing is left out"
-    groups = {}
-    for item, right, share in zip(items, won, chance, strict=True): groups.setdefault(item.group, {})[item.slot] = right, share
-    complete = lambda slots: [[group[slot] for slot in slots] for group in groups.values() if all(slot in group for slot in slots)]
-    return {metric: [(all(right for right, _ in members), math.prod(share for _, share in members)) for slots in sets for members in complete(slots)] for metric, sets in benchmark.joint}
+    "Sets of items that are won only together; a set of which an item is missing is left out, see `incomplete_sets`"
+    return {metric: [(all(won[place] for place in places), math.prod(chance[place] for place in places)) for places in sets if None not in places] for metric, sets in _sets(benchmark, items).items()}
+
+def incomplete_sets(
+    benchmark: Benchmark,
+    items: Sequence[PublishedItem],
+) -> dict[str, tuple[int, int]]:  # metric → (sets of which an item is missing, sets in all)
+    "How many sets cannot be judged"
+    return {metric: (sum(None in places for places in sets), len(sets)) for metric, sets in _sets(benchmark, items).items()}
 
 # %% ../../nbs/understand/published.ipynb #4c9f59e9
 def published_rows(
@@ -617,6 +693,8 @@ def published_rows(
     scorer: str,  # its name
     items: Sequence[PublishedItem],
     scores: Sequence[np.ndarray],  # [I, C] of each item
+    partial: str = "",  # what part of the benchmark this is: rows of `all` say so and have no anchors
+    large: Sequence[str] | None = None,  # categories that are judged by themselves; none: those with enough items here
 ) -> list[dict]:  # long-form rows
     "Scores per category and over all with 95% intervals, chance and the published anchors"
     rule = RULES[benchmark.rule]
@@ -624,77 +702,27 @@ def published_rows(
     if not kept: raise UserError(f"no item of {benchmark.title} is left to judge: raise --limit.")
     groups = {}
     for each in kept: groups.setdefault(each[0].category, []).append(each)
-    groups = {category: members for category, members in groups.items() if len(members) >= benchmark.least}
-    metrics, rows = list(kept[0][1]), []
+    groups = {category: members for category, members in groups.items() if (len(members) >= benchmark.least if large is None else category in large)}
+    metrics, rows, row_of = list(kept[0][1]), [], bound(_row, benchmark, scorer, partial)
     shares = lambda members, metric: (_share([won[metric] for _, won, _ in members]), len(members), sum(chance[metric] for _, _, chance in members) / len(members))
     for category, members in (*sorted(groups.items()), ("all", kept)):
         if category == "all" and members is not kept: continue
-        rows += [_row(benchmark, scorer, category, metric, *shares(members, metric)) for metric in metrics]
+        rows += [row_of(category, metric, *shares(members, metric)) for metric in metrics]
     if benchmark.macro and groups:
         for metric in metrics[:1]:
             counts = [(sum(won[metric] for _, won, _ in members), len(members)) for members in groups.values()]
-            row = _row(benchmark, scorer, "all", f"macro_{metric}", macro_interval(counts), sum(n for _, n in counts), rule.chance(len(kept[0][0].captions))[metric])
-            rows.append(row)
+            rows.append(row_of("all", f"macro_{metric}", macro_interval(counts), sum(n for _, n in counts), rule.chance(len(kept[0][0].captions))[metric]))
     sets = joint_verdicts(benchmark, [each[0] for each in kept], [each[1][metrics[0]] for each in kept], [each[2][metrics[0]] for each in kept])
-    return rows + [_row(benchmark, scorer, "all", metric, _share([won for won, _ in judged]), len(judged), sum(chance for _, chance in judged) / len(judged)) for metric, judged in sets.items() if judged]
-
-# %% ../../nbs/understand/published.ipynb #bc35fd31
-_COLUMNS = ("suite", "scorer", "fingerprint", "key", "digest", "category", "group", "slot", "place", "captions", "pictures", "scores", "problem")
-
-def _schema():
-    import pyarrow
-    kinds = {"place": pyarrow.int64(), "pictures": pyarrow.int64(), "captions": pyarrow.list_(pyarrow.string()), "scores": pyarrow.list_(pyarrow.float64())}
-    return pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in _COLUMNS])
-
-class ScoreStore:
-    "Records of single items in a Parquet file, in parts while a run goes on"
-    def __init__(self,
-        path: str | Path,  # ends in .parquet
-    ):
-        self.path = Path(path).expanduser()
-        if self.path.suffix != ".parquet": raise UserError(f"{self.path} must end in .parquet.")
-        self.parts = self.path.with_name(f"{self.path.name}.parts")
-
-    def read(self) -> list[dict]:
-        "All records: those of the file, then those of parts"
-        return [record for path in (self.path, *sorted(self.parts.glob("[0-9]*.parquet"))) if path.is_file() for record in self._table(path).to_pylist()]
-
-    def about(self) -> dict:
-        "What the last run wrote about itself"
-        return json.loads((self._table(self.path).schema.metadata or {}).get(b"vugen", b"{}"))
-
-    def _table(self, path):
-        import pyarrow, pyarrow.parquet
-        try: table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error: raise UserError(f"{path} is no complete Parquet table of scores: name a file that `vugen bind` wrote, or delete it.") from error
-        if not set(_COLUMNS) <= set(table.column_names): raise UserError(f"{path} lacks the column {next(name for name in _COLUMNS if name not in table.column_names)!r}: name a file of scores that `vugen bind` wrote.")
-        return table
-
-    def _write(self, records, path, about=None):
-        import pyarrow, pyarrow.parquet
-        schema = _schema().with_metadata({"vugen": json.dumps(about)}) if about is not None else _schema()
-        with atomic_path(path) as temporary: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records), schema), temporary)
-
-    def add(self, records: Sequence[dict]) -> None:
-        "Keep these records whatever happens next"
-        number = len(list(self.parts.glob("[0-9]*.parquet"))) if self.parts.is_dir() else 0
-        self._write(records, self.parts / f"{number:06d}.parquet")
-
-    def finish(self, records: Sequence[dict], about: dict) -> None:
-        "All records into the one file; the parts go"
-        self._write(records, self.path, about)
-        shutil.rmtree(self.parts, ignore_errors=True)
+    return rows + [row_of("all", metric, _share([won for won, _ in judged]), len(judged), sum(chance for _, chance in judged) / len(judged)) for metric, judged in sets.items() if judged]
 
 # %% ../../nbs/understand/published.ipynb #0198eb22
-def item_digest(item: PublishedItem) -> str:
-    "16 hex digits over captions and pictures of an item"
-    size = lambda path: path.stat().st_size if path.is_file() else -1
-    seen = [item.captions, [(shot.path.name, size(shot.path), shot.box, shot.row, shot.column) for shot in item.shots]]
+def item_digest(
+    item: PublishedItem,
+    pictures: bool = True,  # whether they play a part
+) -> str:  # 16 hex digits
+    "What identifies an item: its captions, the bytes of its pictures' files and what is cut out of them"
+    seen = [item.captions, [(file_digest(shot.path), shot.box, shot.row, shot.column) for shot in item.shots if pictures]]
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-
-def _record(suite, item, place, scorer, fingerprint, matrix, problem=""):
-    return {"suite": suite.name, "scorer": scorer, "fingerprint": fingerprint, "key": item.key, "digest": item_digest(item), "category": item.category, "group": item.group, "slot": item.slot, "place": place,
-            "captions": list(item.captions), "pictures": RULES[suite.benchmark.rule].pictures, "scores": [] if matrix is None else matrix.flatten().tolist(), "problem": problem}
 
 def _opened(suite, indices, size): # (index, pictures) that open, {index: what is wrong}
     good, bad = [], {}
@@ -703,21 +731,17 @@ def _opened(suite, indices, size): # (index, pictures) that open, {index: what i
         except UserError as error: bad[index] = str(error)
     return good, bad
 
-def score_batch(
+def judge_items(
     suite: PublishedSuite,
     indices: Sequence[int],
     scorer,  # any `Scorer`
-    name: str,  # of the scorer in records
-    fingerprint: str,  # of the scorer
     blind: bool = False,  # captions alone
-) -> list[dict]:  # one record an item
-    "Score some items; one that cannot be opened is recorded with its problem and without scores"
+) -> list[tuple]:  # (index, [I, C] scores or None, problem)
+    "Score some items; one that cannot be opened has a problem and no scores"
     good, bad = ([(index, None) for index in indices], {}) if blind else _opened(suite, indices, getattr(scorer, "picture_size", None))
     captions = [suite.items[index].captions for index, _ in good]
     scores = [] if not good else blind_scores(scorer, captions, RULES[suite.benchmark.rule].pictures) if blind else item_scores(scorer, [pictures for _, pictures in good], captions)
-    for (index, _), matrix in zip(good, scores, strict=True):
-        if np.isnan(matrix).any(): raise UserError(f"scorer {name!r} gave a score that is not a number for item {suite.items[index].key!r} of {suite.name}: check its weights.")
-    return [_record(suite, suite.items[index], index, name, fingerprint, matrix) for (index, _), matrix in zip(good, scores)] + [_record(suite, suite.items[index], index, name, fingerprint, None, why) for index, why in bad.items()]
+    return [(index, matrix, "") for (index, _), matrix in zip(good, scores, strict=True)] + [(index, None, why) for index, why in bad.items()]
 
 # %% ../../nbs/understand/published.ipynb #b678f58a
 def _item_of(record): return PublishedItem(record["category"], record["key"], tuple(record["captions"]), group=record["group"], slot=record["slot"])
@@ -725,6 +749,8 @@ def _item_of(record): return PublishedItem(record["category"], record["key"], tu
 def rows_of(
     records: Iterable[dict],  # of one benchmark
     scorers: Sequence[str],  # their names, in the order of the table
+    partial: str = "",  # see `published_rows`
+    large: Sequence[str] | None = None,  # see `published_rows`
 ) -> tuple[list[dict], dict[str, str]]:  # rows, notes
     "Long-form rows of stored scores, without a model"
     records, rows, notes = sorted(records, key=lambda record: record["place"]), [], {}
@@ -733,7 +759,10 @@ def rows_of(
         good = [record for record in mine if record["scores"]]
         if len(good) < len(mine): notes["damaged pictures"] = f"{len(mine) - len(good)} of {len(mine)} items are left out because a picture cannot be used: {next(record['problem'] for record in mine if not record['scores'])}"
         if not good: raise UserError(f"no picture could be used: {mine[0]['problem'] if mine else 'there is no score'}")
-        rows += published_rows(benchmark_named(mine[0]["suite"]), scorer, [_item_of(record) for record in good], [np.array(record["scores"]).reshape(record["pictures"], -1) for record in good])
+        benchmark, items = benchmark_named(mine[0]["suite"]), [_item_of(record) for record in good]
+        halves = [f"{count} of {total} sets of {metric}" for metric, (count, total) in incomplete_sets(benchmark, items).items() if count]
+        if halves: notes["incomplete sets"] = f"{' and '.join(halves)} are left out because an item of theirs is missing."
+        rows += published_rows(benchmark, scorer, items, [scores_of(record) for record in good], partial, large)
     return rows, notes
 
 def run_published(
@@ -748,38 +777,19 @@ def run_published(
     progress: Callable | None = None,  # called with (scorer, items done, items in all)
 ) -> dict:  # {"rows": …, "notes": …, "scorers": …}
     "Scores of all items by all scorers, resumed from the store; rows with 95% intervals"
-    before, kept, notes, ran = store.read(), {}, dict(suite.notes), []
-    other = next((record["suite"] for record in before if record["suite"] != suite.name), None)
-    if other: raise UserError(f"{store.path} holds scores of {other}, not of {suite.name}: name another file with --items.")
-    digests = {item.key: item_digest(item) for item in suite.items}
-    for name, scorer in scorers.items():
-        weights, seen = getattr(scorer, "fingerprint", fingerprint), "captions" if blind else getattr(scorer, "picture_size", size)
-        mark = hashlib.sha256(f"{name}/{weights}/{seen}".encode()).hexdigest()[:16]
-        known = {record["key"]: record for record in before if record["scorer"] == name and record["fingerprint"] == mark and digests.get(record["key"]) == record["digest"]}
-        todo = [index for index, item in enumerate(suite.items) if item.key not in known]
-        try:
-            for start in range(0, len(todo), batch_size):
-                made = score_batch(suite, todo[start:start + batch_size], scorer, name, mark, blind)
-                store.add(made)
-                known |= {record["key"]: record for record in made}
-                if progress: progress(name, len(suite) - len(todo) + min(start + batch_size, len(todo)), len(suite))
-        except UserError as error:
-            if not lenient: raise
-            notes[name] = str(error)
-            continue
-        ran.append(name)
-        remark = None if blind or not hasattr(scorer, "remarks") else scorer.remarks([caption for item in suite.items for caption in item.captions])
-        if remark: notes[name] = remark
-        kept |= {(name, item.key): {**known[item.key], "place": place} for place, item in enumerate(suite.items)}
-    if not ran: raise UserError(f"no scorer could read the captions of {suite.benchmark.title}: {next(why for name, why in notes.items() if name in scorers)}")
-    rows, more = rows_of(kept.values(), ran)
-    earlier = {(record["scorer"], record["key"]): record for record in before if (record["scorer"], record["key"]) not in kept}  # scores of other scorers, and beyond the limit, are not thrown away
-    about = {"suite": suite.name, "scorers": ran, "keys": hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16], "items": len(suite), "notes": notes}
-    store.finish([*kept.values(), *({**record, "place": len(suite) + number} for number, record in enumerate(earlier.values()))], about)
-    return {"rows": rows, "notes": {**notes, **more}, "scorers": ran}
+    found, left_out = run_stored(suite, scorers, store, lambda indices, scorer: judge_items(suite, indices, scorer, blind), fingerprint, size, blind, lenient, batch_size, progress)
+    if not found: raise UserError(f"no scorer could read the captions of {suite.benchmark.title}: {next(iter(left_out.values()))}")
+    notes = {**suite.notes, **left_out, **({} if blind else _remarks(suite, {name: scorers[name] for name in found}))}
+    rows, more = rows_of([record for records in found.values() for record in records], list(found), suite.partial, suite.large)
+    finish_stored(suite, found, store, notes=notes, partial=suite.partial, large=suite.large)
+    return {"rows": rows, "notes": {**notes, **more}, "scorers": list(found)}
+
+def _remarks(suite, scorers): # {name: what a scorer says of the captions}
+    said = {name: scorer.remarks([caption for item in suite.items for caption in item.captions]) for name, scorer in scorers.items() if hasattr(scorer, "remarks")}
+    return {name: remark for name, remark in said.items() if remark}
 
 # %% ../../nbs/understand/published.ipynb #38e385d8
-def _scene_rows(path): # rows of the scores that `run_bind` saved for scenes
+def _scene_rows(path): # rows of the scores that a `SuiteResult` saved
     import pyarrow.parquet
     records, rows = pyarrow.parquet.read_table(path).to_pylist(), []
     for scorer in dict.fromkeys(record["scorer"] for record in records):
@@ -794,17 +804,32 @@ def rows_from_items(
 ) -> dict:  # {"run": …, "rows": …}
     "The table of a run again, from its stored scores, without a model"
     path = Path(path).expanduser()
+    if not path.is_file() and path.with_name(f"{path.name}.parts").is_dir(): raise UserError(f"{path} was not finished: run the same `vugen bind` again, it goes on from what is known.")
     if not path.is_file(): raise UserError(f"{path} does not exist: name a file of scores that `vugen bind` wrote.")
-    store = ScoreStore(path)
     if "score_image0_caption0" in _beginning(path).split(): return _scene_rows(path)
+    store = ScoreStore(path)
     about = store.about()
     if not about: raise UserError(f"{path} tells nothing of its run: name a file of scores that a finished `vugen bind` wrote.")
-    rows, notes = rows_of([record for record in store.read() if record["place"] < about["items"] and record["scorer"] in about["scorers"]], about["scorers"])
+    records = [record for record in store.finished() if record["place"] < about["items"] and record["scorer"] in about["scorers"]]
+    if about["suite"] in SUITES: rows, notes = [row for result in stored_results(records, about["scorers"]) for row in result.rows()], {}
+    else: rows, notes = rows_of(records, about["scorers"], about.get("partial", ""), about.get("large"))
     return {"run": {"command": "bind", "suite": about["suite"], "scorers": about["scorers"], "notes": {**about["notes"], **notes}}, "rows": rows}
 
-# %% ../../nbs/understand/published.ipynb #f5226f43
+# %% ../../nbs/understand/published.ipynb #b84d6e11
 BLIND = ("caption-only", "bag-of-words")  # scorers that look at no picture
 
+def blind_names(
+    scorers: str | Sequence[str],  # "all", or names
+    parts: Parts,  # the trained parts
+) -> list[str]:
+    "Scorers that look at no picture; of all those whose parts are there, and a named one that looks is refused"
+    if scorers == "all": return [name for name in BLIND if name != "caption-only" or parts.has("vlm")]
+    names = scorer_names(scorers, parts)
+    seeing = next((name for name in names if name not in BLIND), None)
+    if seeing: raise UserError(f"scorer {seeing!r} looks at pictures: with captions only choose among {', '.join(BLIND)}.")
+    return names
+
+# %% ../../nbs/understand/published.ipynb #f5226f43
 def bind(
     suite: str,  # `scenes`, or one of `BENCHMARKS`
     scorers: str | Sequence[str] = "all",  # see `vugen.understand.scorers.scorer_names`; KIND:FOLDER for pretrained models
@@ -823,23 +848,18 @@ def bind(
     "Scorers by name on a benchmark by name"
     if limit is not None and limit < 1: raise UserError(f"limit is {limit}: give at least 1 item of each kind.")
     if suite in SUITES:
-        if captions_only: scorers = BLIND
+        if captions_only: scorers = blind_names(scorers, Parts(checkpoints or root))
         return run_bind(suite, scorers, root=checkpoints or root, limit=limit or 200, seed=seed, items=items, progress=progress, device=device, command=command)
     benchmark = benchmark_named(suite)
     if root is None: raise UserError(f"{benchmark.title} is read from a folder: name it with --root; expected {benchmark.wants}.")
     made = load_published(suite, root, images, limit, size, pictures=not captions_only)
     lenient, parts = scorers == "all", Parts(checkpoints)
-    names = BLIND if captions_only and lenient else scorer_names(scorers, parts)
-    seeing = [name for name in names if name not in BLIND]
-    if captions_only and seeing: raise UserError(f"scorer {seeing[0]!r} looks at pictures: with captions only choose among {', '.join(BLIND)}.")
-    loaded = load_scorers(parts, [name for name in names if not (lenient and name == "caption-only" and not parts.has("vlm"))], device)
+    names = blind_names(scorers, parts) if captions_only else scorer_names(scorers, parts)
+    loaded = load_scorers(parts, names, device)
     run = run_record(command, seed, parts.root, device, suite=suite, limit=limit, captions_only=captions_only, picture_size=size, **pretrained_marks(loaded))
-    weights = hashlib.sha256(json.dumps([run["checkpoints"], run["versions"].get("vugen")], sort_keys=True).encode()).hexdigest()[:16]
-    store = ScoreStore(items or cache_dir() / "bind" / f"{suite}{'-captions' if captions_only else ''}-{_place(root)}.parquet")
-    found = run_published(made, loaded, store, weights, size, captions_only, lenient, progress=progress)
+    store = ScoreStore(items or bind_cache(f"{suite}{'-captions' if captions_only else ''}", root))
+    found = run_published(made, loaded, store, weights_mark(run), size, captions_only, lenient, progress=progress)
     return {"run": {**run, "scorers": found["scorers"], "items": len(made), "notes": found["notes"]}, "rows": found["rows"], "store": store.path}
-
-def _place(root): return hashlib.sha256(str(Path(root).expanduser().resolve()).encode()).hexdigest()[:8]
 
 def anchored(
     rows: Iterable[dict],
