@@ -24,35 +24,41 @@ from ..models.text import TextTransformer, WordTokenizer
 from ..models.vit import AttentionPool, patchify, resize
 
 # %% auto #0
-__all__ = ['DENOISING_TIMES', 'TEACHER_DECAY', 'PROMPT_DROPOUT', 'ARMS', 'PRETRAINING', 'select', 'denoising_scores', 'Arm',
-           'TargetSpace', 'PairArm', 'LanguageArm', 'draw_blocks', 'places_of', 'gather_tokens', 'JepaArm', 'normality',
-           'random_crops', 'LeJepaArm', 'LiTArm', 'suffix_mask', 'SharedLM', 'UnifiedArm', 'DecoupledArm', 'VugenArm',
-           'arm_kind', 'needs_vae', 'make_arm']
+__all__ = ['DENOISING_TIMES', 'TEACHER_DECAY', 'PROMPT_DROPOUT', 'ARMS', 'PRETRAINING', 'select', 'by_items', 'denoising_scores',
+           'Arm', 'TargetSpace', 'PairArm', 'LanguageArm', 'draw_blocks', 'places_of', 'gather_tokens', 'JepaArm',
+           'normality', 'random_crops', 'LeJepaArm', 'LiTArm', 'suffix_mask', 'SharedLM', 'UnifiedArm', 'DecoupledArm',
+           'VugenArm', 'arm_kind', 'needs_vae', 'make_arm']
 
 # %% ../../nbs/experiment/arms.ipynb #8d890006
-DENOISING_TIMES = tuple((place + 0.5) / 8 * 0.6 + 0.2 for place in range(8)) # evenly spaced between 0.2 and 0.8, where captions matter
+DENOISING_TIMES = tuple((place + 0.5) / 4 * 0.6 + 0.2 for place in range(4)) # evenly spaced between 0.2 and 0.8, where captions matter
 
 def select(condition: tuple, rows: torch.Tensor) -> tuple:
     "Rows of a condition"
     return tuple(part[rows] for part in condition)
 
+def by_items(values, items): # [n * K, ...] → [n, K, ...]
+    "Rows of pictures or captions, item by item"
+    return values.unflatten(0, (items, -1))
+
 @torch.no_grad()
 def denoising_scores(
-    arm, # has `latents(images)`, `condition(ids, mask)` and `velocity(noisy, t, condition)`
-    images: torch.Tensor, # [P, 3, H, W] in [0, 1]
-    condition: tuple, # of C captions
-    rows: torch.Tensor, # [P], the caption of each picture
+    arm, # has `latents(images)`, `condition(ids, mask)`, `features(noisy, t)` and `velocity_of(features, condition)`
+    images: torch.Tensor, # [n, K, 3, H, W] in [0, 1]
+    condition: tuple, # of n × C captions
     seed: int = 0, # of the noises
-) -> torch.Tensor: # [P], minus the mean error, higher is better
-    "How well each picture is denoised under its caption, at the same (time, noise) for all"
-    data, total = arm.latents(images), 0.0
-    generator, chosen = torch.Generator().manual_seed(seed), select(condition, rows)
+) -> torch.Tensor: # [n, K, C], minus the mean error, higher is better
+    "How well each picture is denoised under each caption of its item, at the same (time, noise) for all; what does not depend on the caption is computed once a picture"
+    items, pictures = images.shape[:2]
+    options, data = len(condition[0]) // items, arm.latents(images.flatten(0, 1))
+    rows = torch.arange(items * options, device=data.device).view(items, 1, options).expand(-1, pictures, -1).flatten()
+    chosen, generator, total = select(condition, rows), torch.Generator().manual_seed(seed), 0.0
     for time in DENOISING_TIMES:
         noise = torch.randn(data[:1].shape, generator=generator).to(data).expand_as(data)
         t = data.new_full((len(data),), time)
-        error = arm.velocity(interpolate(data, noise, t), t, chosen) - velocity_target(data, noise)
+        features = arm.features(interpolate(data, noise, t), t).repeat_interleave(options, 0)
+        error = arm.velocity_of(features, chosen) - velocity_target(data, noise).repeat_interleave(options, 0)
         total = total + error.square().flatten(1).mean(1)
-    return -total / len(DENOISING_TIMES)
+    return (-total / len(DENOISING_TIMES)).view(items, pictures, options)
 
 # %% ../../nbs/experiment/arms.ipynb #8d890008
 class Arm(nn.Module, PretrainedMixin):
@@ -72,19 +78,20 @@ class Arm(nn.Module, PretrainedMixin):
     def pixels(self, images): # [B, 3, H, W] → [B, N, 3 p²] in [-1, 1]
         return patchify(resize(images, self.sizes.image_size) * 2 - 1, self.sizes.patch_size)
 
+    def velocity(self,
+        noisy: torch.Tensor, # [B, N, d]
+        t: torch.Tensor, # [B], 0 is noise and 1 is data
+        condition: tuple, # of B captions
+    ) -> torch.Tensor: # [B, N, d]
+        "What a head says"
+        return self.velocity_of(self.features(noisy, t), condition)
+
     @torch.no_grad()
-    def score_pairs(self,
-        images: torch.Tensor, # [P, 3, H, W] in [0, 1]
-        captions: list[str], # C captions
-        rows: torch.Tensor, # [P], the caption of each picture
-        how: str, # one of the arm's `scores`
-    ) -> torch.Tensor: # [P], higher is better
-        "How well each picture fits its caption"
-        if how not in self.scores: raise UserError(f"this arm has no score {how!r}: choose one of {', '.join(self.scores)}.")
-        ids, mask = (part.to(images.device) for part in self.tokenizer.encode(captions, max_length=self.sizes.context_length))
-        if how == "denoising": return denoising_scores(self, images, self.condition(ids, mask), rows)
-        if how == "cosine": return (self.embed_images(images) * self.embed_texts(ids, mask)[rows]).sum(1)
-        return self.likelihood(images, ids[rows], mask[rows])
+    def score_batch(self, images, captions, how): # [n, K, 3, H, W], n × C captions → [n, K, C]
+        ids, mask = (part.to(images.device) for part in self.tokenizer.encode([text for item in captions for text in item], max_length=self.sizes.context_length))
+        if how == "denoising": return denoising_scores(self, images, self.condition(ids, mask))
+        if how == "cosine": return by_items(self.embed_images(images.flatten(0, 1)), len(images)) @ by_items(self.embed_texts(ids, mask), len(images)).mT
+        return self.likelihoods(images, ids, mask)
 
     @torch.no_grad()
     def score_items(self,
@@ -92,16 +99,12 @@ class Arm(nn.Module, PretrainedMixin):
         captions: list, # n × C captions
         how: str | None = None, # one of the arm's `scores`, the native one if none
         batch_size: int = 32, # items at a time
-    ) -> torch.Tensor: # [n, K, C] float32, on the CPU
-        "All scores within each of n items"
-        found, how = [], how or self.scores[0]
-        for start in range(0, len(images), batch_size):
-            part, texts = images[start : start + batch_size], captions[start : start + batch_size]
-            count, options = part.shape[1], len(texts[0])
-            rows = torch.arange(len(part) * options).view(-1, 1, options).expand(-1, count, -1).flatten()
-            scores = self.score_pairs(part.flatten(0, 1).repeat_interleave(options, 0), [text for item in texts for text in item], rows.to(part.device), how)
-            found.append(scores.view(len(part), count, options).float().cpu())
-        return torch.cat(found)
+    ) -> torch.Tensor: # [n, K, C] float32, on the CPU, higher is better
+        "How well each picture fits each caption of its item"
+        how = how or self.scores[0]
+        if how not in self.scores: raise UserError(f"this arm has no score {how!r}: choose one of {', '.join(self.scores)}.")
+        starts = range(0, len(images), batch_size)
+        return torch.cat([self.score_batch(images[start : start + batch_size], captions[start : start + batch_size], how).float().cpu() for start in starts])
 
 # %% ../../nbs/experiment/arms.ipynb #8d89000a
 class TargetSpace(nn.Module):
@@ -161,7 +164,8 @@ class PairArm(Arm):
 
     def latents(self, images): return self.space.encode(images, self.encoder, None if self.vae is None else self.vae[0])
     def condition(self, ids, mask): return self.text(ids, mask)[0], mask
-    def velocity(self, noisy, t, condition): return self.head(self.encoder, noisy, t, *condition, self.blocked)
+    def features(self, noisy, t): return self.head.features(self.encoder, noisy, t, self.blocked)
+    def velocity_of(self, features, condition): return self.head.velocity_of(features, *condition, self.blocked)
 
     def dropped(self, text, mask, generator):
         "Some captions replaced by nothing, so that guidance and an unconditional error exist"
@@ -210,9 +214,11 @@ class LanguageArm(Arm):
 
     def prefix(self, images): return self.projector(self.patches(images).tokens)
 
-    @torch.no_grad()
-    def likelihood(self, images, ids, mask): # → [B], log p(caption | picture) in nats
-        return -word_losses(self.language(self.prefix(images), ids, mask), ids, mask).sum(1)
+    def likelihoods(self, images, ids, mask): # [n, K, 3, H, W], [n * C, L] twice → [n, K, C], log p(caption | picture) in nats
+        items, pictures, options = len(images), images.shape[1], len(ids) // len(images)
+        rows = torch.arange(len(ids), device=ids.device).view(items, 1, options).expand(-1, pictures, -1).flatten()
+        prefix = self.prefix(images.flatten(0, 1)).repeat_interleave(options, 0)
+        return -word_losses(self.language(prefix, ids[rows], mask[rows]), ids[rows], mask[rows]).sum(1).view(items, pictures, options)
 
     def forward(self, images, ids, mask, groups, step, generator): # → loss, {part: value}
         losses = word_losses(self.language(self.prefix(images), ids, mask), ids, mask)
@@ -404,13 +410,12 @@ class SharedLM(Arm):
 
     def condition(self, ids, mask): return self.language.embed(ids), mask
 
-    def velocity(self, noisy, t, condition):
+    def velocity_of(self, features, condition):
         words, mask = condition
-        x = torch.cat([words, self.noisy_tokens(noisy, t)], 1)
-        x = run_blocks(self.language.blocks, x, suffix_mask(mask, noisy.shape[1]))
+        x = run_blocks(self.language.blocks, torch.cat([words, features], 1), suffix_mask(mask, features.shape[1]))
         return self.flow_out(self.flow_norm(x[:, words.shape[1]:]))
 
-    likelihood = LanguageArm.likelihood
+    likelihoods = LanguageArm.likelihoods
     dropped = PairArm.dropped
 
     def forward(self, images, ids, mask, groups, step, generator): # → loss, {part: value}
@@ -446,7 +451,7 @@ class UnifiedArm(SharedLM):
         return self.fuse(torch.cat([semantic, self.plain(latents)], -1)) + time
 
     def prefix(self, images): return self.fused(self.latents(images), self._at(images, 1.0))
-    def noisy_tokens(self, noisy, t): return self.fused(noisy, self.time(t)[:, None])
+    def features(self, noisy, t): return self.fused(noisy, self.time(t)[:, None])
 
 class DecoupledArm(SharedLM):
     "After Janus (Wu et al. 2025), with rectified flow as in JanusFlow: an encoder to understand, another way in to generate, one language model"
@@ -464,7 +469,7 @@ class DecoupledArm(SharedLM):
         self.share(channels)
 
     def prefix(self, images): return self.adaptor(self.encoder(images).tokens)
-    def noisy_tokens(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
+    def features(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
 
 # %% ../../nbs/experiment/arms.ipynb #8d890024
 class VugenArm(Arm):
@@ -493,7 +498,7 @@ class VugenArm(Arm):
         self.tower.load_state_dict(captioner.language.blocks.state_dict())
         return self
 
-    prefix, likelihood = LanguageArm.prefix, LanguageArm.likelihood
+    prefix, likelihoods = LanguageArm.prefix, LanguageArm.likelihoods
 
     @torch.no_grad()
     def latents(self, images): return self.reduction(self.encoder(images).tokens)
@@ -514,10 +519,11 @@ class VugenArm(Arm):
         x = x + attention.out(mixed.transpose(1, 2).flatten(2))
         return x + own.mlp(own.mlp_norm(x))
 
-    def velocity(self, noisy, t, condition):
+    def features(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
+
+    def velocity_of(self, features, condition):
         *words, mask = condition
-        allowed = torch.cat([mask, mask.new_ones(len(mask), noisy.shape[1])], 1)[:, None, None]
-        x = self.into(noisy) + self.into_positions + self.time(t)[:, None]
+        x, allowed = features, torch.cat([mask, mask.new_ones(len(mask), features.shape[1])], 1)[:, None, None]
         for own, frozen, heard in zip(self.tower, self.language.blocks, words): x = self._layer(own, frozen, x, heard, allowed)
         return self.out(self.norm(x))
 

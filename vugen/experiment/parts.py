@@ -104,18 +104,29 @@ class FlowHead(nn.Module):
         init_transformer(self)
         nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
 
-    def forward(self,
+    def features(self,
         encoder: VisionTransformer, # whose blocks are shared
         noisy: torch.Tensor, # [B, N, dim]
         t: torch.Tensor, # [B], 0 is noise and 1 is data
+        blocked: bool = False, # no gradient reaches the encoder
+    ) -> torch.Tensor: # [B, N, D]
+        "What the encoder makes of noisy targets; no caption is read yet"
+        x = through(encoder, self.into(noisy) + self.time(t)[:, None])
+        return block_gradient(x) if blocked else x
+
+    def velocity_of(self,
+        features: torch.Tensor, # [B, N, D]
         text: torch.Tensor, # [B, L, D], states of the text tower
         mask: torch.Tensor, # [B, L]
-        blocked: bool = False, # no gradient reaches encoder and text tower: a sham head
+        blocked: bool = False, # no gradient reaches the text tower
     ) -> torch.Tensor: # [B, N, dim]
-        x = through(encoder, self.into(noisy) + self.time(t)[:, None])
-        if blocked: x, text = block_gradient(x), block_gradient(text)
+        "The velocity under a caption"
+        x, text = features, block_gradient(text) if blocked else text
         for block in self.blocks: x = block(x, text, mask)
         return self.out(self.norm(x))
+
+    def forward(self, encoder, noisy, t, text, mask, blocked=False): # a sham head is blocked on both sides
+        return self.velocity_of(self.features(encoder, noisy, t, blocked), text, mask, blocked)
 
 # %% ../../nbs/experiment/parts.ipynb #40560010
 def prefix_mask(

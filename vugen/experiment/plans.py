@@ -38,16 +38,16 @@ PRIMARY = {"metric": "text", "family": "binding", "suite": "seen", "readout": "n
            "hypothesis": "A generative head through the shared encoder raises the contrastive score's binding accuracy."}
 TINY = dict(
     world=TINY_WORLD, sizes=dict(), recipe=dict(batch_size=64, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=560,
-    curve=[40, 80, 120, 160, 220, 280, 350, 420, 490, 560, 700, 850, 1000, 1200, 1400], items=dict(per_kind=100, curve_per_kind=60, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
+    curve=[40, 80, 120, 160, 220, 280, 350, 420, 490, 560, 700, 850, 1000, 1200, 1400], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
 PRESETS = {
     "tiny": TINY,
     "smoke": {**TINY, "sizes": dict(hidden_size=16, num_layers=1, num_heads=2, text_layers=1, language_layers=1, head_layers=1, projection_dim=8, latent_dim=4),
-              "recipe": {**TINY["recipe"], "batch_size": 16, "warmup_steps": 2}, "seeds": [0, 1], "steps": 6, "curve": [3, 6], "items": dict(per_kind=4, curve_per_kind=2, seed=2_000_003), "readouts": dict(pictures=80)},
+              "recipe": {**TINY["recipe"], "batch_size": 16, "warmup_steps": 2}, "seeds": [0, 1], "steps": 6, "curve": [3, 6], "items": dict(per_kind=4, other_per_kind=2, curve_per_kind=2, seed=2_000_003), "readouts": dict(pictures=80)},
     "small": {**TINY, "world": {**TINY_WORLD, "image_size": 64, "completeness": 0.7, "counts": {1: 0.2, 2: 0.8}, "shapes": ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring"),
                                 "colors": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black")},
               "sizes": dict(image_size=64, patch_size=8, hidden_size=256, num_layers=6, num_heads=8, text_layers=4, language_layers=4, head_layers=3, projection_dim=128, latent_dim=16),
               "recipe": dict(batch_size=256, learning_rate=5e-4, weight_decay=0.1, warmup_steps=500, ema_decay=0.999), "seeds": list(range(8)), "steps": 6000,
-              "curve": [250, 500, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000, 15_000], "items": dict(per_kind=300, curve_per_kind=150, seed=2_000_003), "readouts": dict(pictures=8000)}}
+              "curve": [250, 500, 1000, 1500, 2000, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000, 15_000], "items": dict(per_kind=300, other_per_kind=150, curve_per_kind=150, seed=2_000_003), "readouts": dict(pictures=8000)}}
 
 # %% ../../nbs/experiment/plans.ipynb #476c0007
 def training_batch(

@@ -178,8 +178,9 @@ def score_arm(
     device, found, world = next(arm.parameters()).device, [], World.from_dict(plan["world"])
     readouts = fit_readouts(arm, world, plan["readouts"]["pictures"], seed) if whole else {}
     for suite in plan["items"]["suites"] if whole else ["seen"]:
-        items = items_of(plan, suite, plan["items"]["per_kind" if whole else "curve_per_kind"])
-        scores = {"native" if not place else how: arm.score_items(items["images"].to(device), items["captions"], how) for place, how in enumerate(arm.scores) if whole or not place}
+        items = items_of(plan, suite, plan["items"]["curve_per_kind" if not whole else "per_kind" if suite == "seen" else "other_per_kind"])
+        asked = arm.scores if whole and suite == "seen" else arm.scores[:1] # further native scores are dear, and a side question
+        scores = {"native" if not place else how: arm.score_items(items["images"].to(device), items["captions"], how) for place, how in enumerate(asked)}
         scores.update(readout_scores(arm, readouts, world, items) if whole else {})
         for readout, values in scores.items():
             said = {key: value.tolist() for key, value in outcomes(values).items()}
