@@ -168,6 +168,9 @@ def items_of(plan, suite, per_kind): # of `make_items`
     "The items of a suite: the same for every arm and seed"
     return _items(json.dumps(plan["world"], sort_keys=True), suite, per_kind, plan["items"]["seed"])
 
+def _number(items, suite, whole): # items of a kind
+    return items["curve_per_kind"] if not whole else items["per_kind"] if suite == "seen" else items.get("other_per_kind", items["per_kind"])
+
 def score_arm(
     plan: dict,
     arm, # trained
@@ -178,7 +181,7 @@ def score_arm(
     device, found, world = next(arm.parameters()).device, [], World.from_dict(plan["world"])
     readouts = fit_readouts(arm, world, plan["readouts"]["pictures"], seed) if whole else {}
     for suite in plan["items"]["suites"] if whole else ["seen"]:
-        items = items_of(plan, suite, plan["items"]["curve_per_kind" if not whole else "per_kind" if suite == "seen" else "other_per_kind"])
+        items = items_of(plan, suite, _number(plan["items"], suite, whole))
         asked = arm.scores if whole and suite == "seen" else arm.scores[:1] # further native scores are dear, and a side question
         scores = {"native" if not place else how: arm.score_items(items["images"].to(device), items["captions"], how) for place, how in enumerate(asked)}
         scores.update(readout_scores(arm, readouts, world, items) if whole else {})
