@@ -24,41 +24,44 @@ from ..models.text import TextTransformer, WordTokenizer
 from ..models.vit import AttentionPool, patchify, resize
 
 # %% auto #0
-__all__ = ['DENOISING_TIMES', 'TEACHER_DECAY', 'PROMPT_DROPOUT', 'ARMS', 'PRETRAINING', 'select', 'by_items', 'denoising_scores',
-           'Arm', 'TargetSpace', 'PairArm', 'LanguageArm', 'draw_blocks', 'places_of', 'gather_tokens', 'JepaArm',
-           'normality', 'random_crops', 'LeJepaArm', 'LiTArm', 'suffix_mask', 'SharedLM', 'UnifiedArm', 'DecoupledArm',
-           'VugenArm', 'arm_kind', 'needs_vae', 'make_arm']
+__all__ = ['DENOISING_TIMES', 'TEACHER_DECAY', 'PROMPT_DROPOUT', 'CLEAN_TIME', 'ARMS', 'PRETRAINING', 'denoising_scores',
+           'vae_latents', 'Arm', 'TargetSpace', 'PairArm', 'LanguageArm', 'draw_blocks', 'places_of', 'gather_tokens',
+           'JepaArm', 'normality', 'random_crops', 'LeJepaArm', 'LiTArm', 'suffix_mask', 'SharedLM', 'UnifiedArm',
+           'DecoupledArm', 'VugenArm', 'arm_kind', 'needs_vae', 'make_arm']
 
 # %% ../../nbs/experiment/arms.ipynb #8d890006
 DENOISING_TIMES = tuple((place + 0.5) / 4 * 0.6 + 0.2 for place in range(4)) # evenly spaced between 0.2 and 0.8, where captions matter
 
-def select(condition: tuple, rows: torch.Tensor) -> tuple:
-    "Rows of a condition"
-    return tuple(part[rows] for part in condition)
-
-def by_items(values, items): # [n * K, ...] → [n, K, ...]
-    "Rows of pictures or captions, item by item"
-    return values.unflatten(0, (items, -1))
-
 @torch.no_grad()
 def denoising_scores(
-    arm, # has `latents(images)`, `condition(ids, mask)`, `features(noisy, t)` and `velocity_of(features, condition)`
-    images: torch.Tensor, # [n, K, 3, H, W] in [0, 1]
-    condition: tuple, # of n × C captions
+    arm, # has `latents(images)`, `condition(ids, mask)`, `silence(condition)`, `noised(noisy, t)`, `heard(tokens, condition)` and `direct(noisy, t)`
+    images: torch.Tensor, # [P, 3, H, W] in [0, 1]
+    condition: tuple, # of all captions
+    rows: torch.Tensor, # [P, C], the captions of each picture
     seed: int = 0, # of the noises
-) -> torch.Tensor: # [n, K, C], minus the mean error, higher is better
-    "How well each picture is denoised under each caption of its item, at the same (time, noise) for all; what does not depend on the caption is computed once a picture"
-    items, pictures = images.shape[:2]
-    options, data = len(condition[0]) // items, arm.latents(images.flatten(0, 1))
-    rows = torch.arange(items * options, device=data.device).view(items, 1, options).expand(-1, pictures, -1).flatten()
-    chosen, generator, total = select(condition, rows), torch.Generator().manual_seed(seed), 0.0
+) -> torch.Tensor: # [P, C], higher is better
+    "By how much a caption lessens a picture's error, at the same (time, noise) for all. The error without a caption is taken off, so that one caption can be compared on two pictures too (DiffusionITM, Krojer et al. 2023)"
+    data, total, count = arm.latents(images), 0.0, rows.shape[1] + 1
+    places = torch.cat([rows, rows.new_full((len(rows), 1), -1)], 1).flatten() # the last row is silence
+    chosen, generator = tuple(torch.cat([part, none])[places] for part, none in zip(condition, arm.silence(condition))), torch.Generator().manual_seed(seed)
     for time in DENOISING_TIMES:
         noise = torch.randn(data[:1].shape, generator=generator).to(data).expand_as(data)
         t = data.new_full((len(data),), time)
-        features = arm.features(interpolate(data, noise, t), t).repeat_interleave(options, 0)
-        error = arm.velocity_of(features, chosen) - velocity_target(data, noise).repeat_interleave(options, 0)
-        total = total + error.square().flatten(1).mean(1)
-    return (-total / len(DENOISING_TIMES)).view(items, pictures, options)
+        noisy = interpolate(data, noise, t)
+        said, rest = arm.heard(arm.noised(noisy, t).repeat_interleave(count, 0), chosen), velocity_target(data, noise) - arm.direct(noisy, t)
+        total = total + (said - rest.repeat_interleave(count, 0)).square().flatten(1).mean(1)
+    errors = total.view(len(rows), count) / len(DENOISING_TIMES)
+    return errors[:, -1:] - errors[:, :-1]
+
+def vae_latents(
+    vae, # frozen, or None
+    images: torch.Tensor, # [B, 3, H, W] in [0, 1]
+    sizes: Sizes,
+) -> torch.Tensor: # [B, N, channels], those of a patch together where the VAE's grid is finer than the encoder's
+    "Latents of a VAE on the encoder's grid"
+    if vae is None: raise UserError("an arm that samples VAE latents needs its VAE: train one with `vugen train vae`, or name its folder in the plan.")
+    with torch.no_grad(): latents = vae.encode(resize(images, sizes.image_size))
+    return patchify(latents, latents.shape[-1] // sizes.grid[1])
 
 # %% ../../nbs/experiment/arms.ipynb #8d890008
 class Arm(nn.Module, PretrainedMixin):
@@ -78,20 +81,19 @@ class Arm(nn.Module, PretrainedMixin):
     def pixels(self, images): # [B, 3, H, W] → [B, N, 3 p²] in [-1, 1]
         return patchify(resize(images, self.sizes.image_size) * 2 - 1, self.sizes.patch_size)
 
-    def velocity(self,
-        noisy: torch.Tensor, # [B, N, d]
-        t: torch.Tensor, # [B], 0 is noise and 1 is data
-        condition: tuple, # of B captions
-    ) -> torch.Tensor: # [B, N, d]
-        "What a head says"
-        return self.velocity_of(self.features(noisy, t), condition)
-
     @torch.no_grad()
-    def score_batch(self, images, captions, how): # [n, K, 3, H, W], n × C captions → [n, K, C]
-        ids, mask = (part.to(images.device) for part in self.tokenizer.encode([text for item in captions for text in item], max_length=self.sizes.context_length))
-        if how == "denoising": return denoising_scores(self, images, self.condition(ids, mask))
-        if how == "cosine": return by_items(self.embed_images(images.flatten(0, 1)), len(images)) @ by_items(self.embed_texts(ids, mask), len(images)).mT
-        return self.likelihoods(images, ids, mask)
+    def score_pairs(self,
+        images: torch.Tensor, # [P, 3, H, W] in [0, 1]
+        captions: list[str], # all captions
+        rows: torch.Tensor, # [P, C], the captions of each picture
+        how: str, # one of the arm's `scores`
+    ) -> torch.Tensor: # [P, C], higher is better
+        "How well each picture fits its captions"
+        if how not in self.scores: raise UserError(f"this arm has no score {how!r}: choose one of {', '.join(self.scores)}.")
+        ids, mask = (part.to(images.device) for part in self.tokenizer.encode(captions, max_length=self.sizes.context_length))
+        if how == "denoising": return denoising_scores(self, images, self.condition(ids, mask), rows)
+        if how == "cosine": return (self.embed_images(images)[:, None] * self.embed_texts(ids, mask)[rows]).sum(-1)
+        return self.likelihood(self.prefix(images).repeat_interleave(rows.shape[1], 0), ids[rows.flatten()], mask[rows.flatten()]).view(rows.shape)
 
     @torch.no_grad()
     def score_items(self,
@@ -99,12 +101,16 @@ class Arm(nn.Module, PretrainedMixin):
         captions: list, # n × C captions
         how: str | None = None, # one of the arm's `scores`, the native one if none
         batch_size: int = 32, # items at a time
-    ) -> torch.Tensor: # [n, K, C] float32, on the CPU, higher is better
-        "How well each picture fits each caption of its item"
-        how = how or self.scores[0]
-        if how not in self.scores: raise UserError(f"this arm has no score {how!r}: choose one of {', '.join(self.scores)}.")
-        starts = range(0, len(images), batch_size)
-        return torch.cat([self.score_batch(images[start : start + batch_size], captions[start : start + batch_size], how).float().cpu() for start in starts])
+    ) -> torch.Tensor: # [n, K, C] float32, on the CPU
+        "All scores within each of n items"
+        found, how = [], how or self.scores[0]
+        for start in range(0, len(images), batch_size):
+            part, texts = images[start : start + batch_size], captions[start : start + batch_size]
+            count, options = part.shape[1], len(texts[0])
+            rows = torch.arange(len(part) * options).view(-1, 1, options).expand(-1, count, -1).flatten(0, 1)
+            scores = self.score_pairs(part.flatten(0, 1), [text for item in texts for text in item], rows.to(part.device), how)
+            found.append(scores.view(len(part), count, options).float().cpu())
+        return torch.cat(found)
 
 # %% ../../nbs/experiment/arms.ipynb #8d89000a
 class TargetSpace(nn.Module):
@@ -113,7 +119,7 @@ class TargetSpace(nn.Module):
         kind: str, # one of the three
         sizes: Sizes,
         encoder: nn.Module, # whose tokens are reduced
-        channels: int = 4, # of the VAE's latents
+        channels: int = 4, # of `vae_latents`
     ):
         super().__init__()
         if kind not in ("pixels", "vae", "semantic"): raise UserError(f"there is no target {kind!r}: choose pixels, vae or semantic.")
@@ -129,11 +135,11 @@ class TargetSpace(nn.Module):
         "Targets of pictures"
         if self.kind == "pixels": return patchify(resize(images, self.sizes.image_size) * 2 - 1, self.sizes.patch_size)
         if self.kind == "semantic": return self.reduction(self.teacher(encoder, images).tokens)
-        if vae is None: raise UserError("an arm that samples VAE latents needs its VAE: train one with `vugen train vae`, or name its folder in the plan.")
-        with torch.no_grad(): return vae.encode(resize(images, self.sizes.image_size)).flatten(2).transpose(1, 2)
+        return vae_latents(vae, images, self.sizes)
 
 # %% ../../nbs/experiment/arms.ipynb #8d89000c
 TEACHER_DECAY, PROMPT_DROPOUT = 0.99, 0.1
+CLEAN_TIME = 0.9 # told to an encoder that has learned from noisy pictures alone when it is shown a clean one; training hardly visits later times
 
 class PairArm(Arm):
     "Two towers and, if asked for, a generative head through the same encoder; the plain contrastive arm and the diffusion arm are its extremes"
@@ -144,6 +150,7 @@ class PairArm(Arm):
         target: str | None = None, # of the head, see `TargetSpace`; None is no head
         flow: float = 1.0, # weight of the generative loss
         blocked: bool = False, # a sham head
+        channels: int = 4, # of `vae_latents`, where they are the target
     ):
         super().__init__()
         self.set_up(words, sizes)
@@ -152,9 +159,14 @@ class PairArm(Arm):
         if contrastive:
             self.image_projection, self.text_projection = (nn.Linear(size.hidden_size, size.projection_dim, bias=False) for _ in range(2))
             self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE["infonce"])))
-        self.space = TargetSpace(target, size, self.encoder) if target else None # made last: what stands above starts alike with and without it
+        self.space = TargetSpace(target, size, self.encoder, channels) if target else None # made last: what stands above starts alike with and without it
         if target: self.head, self.null = FlowHead(self.space.dim, size), nn.Parameter(torch.zeros(1, 1, size.hidden_size))
         self.scores = ("cosine",) * bool(contrastive) + ("denoising",) * bool(target and not blocked)
+
+    def patches(self, images): # without a contrastive loss, the encoder's own patch embedding is never trained: the head's way in is
+        if self.contrastive or self.space is None: return self.encoder(images)
+        tokens = self.noised(self.latents(images), images.new_full((len(images),), CLEAN_TIME))
+        return Patches(tokens, self.sizes.grid, tokens.mean(1))
 
     def embed_images(self, images): # [B, 3, H, W] → [B, P], unit length
         return F.normalize(self.image_projection(self.encoder(images).pooled), dim=-1)
@@ -164,14 +176,20 @@ class PairArm(Arm):
 
     def latents(self, images): return self.space.encode(images, self.encoder, None if self.vae is None else self.vae[0])
     def condition(self, ids, mask): return self.text(ids, mask)[0], mask
-    def features(self, noisy, t): return self.head.features(self.encoder, noisy, t, self.blocked)
-    def velocity_of(self, features, condition): return self.head.velocity_of(features, *condition, self.blocked)
+    def noised(self, noisy, t): return self.head.begin(self.encoder, noisy, t) # → [B, N, D], the part of the velocity that no caption changes
+    def heard(self, tokens, condition): return self.head.finish(tokens, *condition, self.blocked) # → [B, N, dim], the part that the caption changes
+    def direct(self, noisy, t): return self.head.direct(noisy, t) # → [B, N, dim], the part that is the noisy target itself
+    def velocity(self, noisy, t, condition): return self.heard(self.noised(noisy, t), condition) + self.direct(noisy, t)
+
+    def silence(self, condition): # → a condition of one row, without a caption
+        text, mask = condition
+        return self.null.expand(1, *text.shape[1:]), torch.arange(mask.shape[1], device=mask.device)[None] == 0
 
     def dropped(self, text, mask, generator):
         "Some captions replaced by nothing, so that guidance and an unconditional error exist"
         keep = (torch.rand(len(text), generator=generator, device=generator.device) >= PROMPT_DROPOUT).to(text.device)[:, None]
-        first = torch.arange(mask.shape[1], device=mask.device)[None] == 0
-        return torch.where(keep[..., None], text, self.null.expand_as(text)), torch.where(keep, mask, first)
+        nothing, first = self.silence((text, mask))
+        return torch.where(keep[..., None], text, nothing), torch.where(keep, mask, first)
 
     def flow_loss(self, images, text, mask, generator):
         "Flow matching of the target (VUGEN, equation 1), and what trains the target itself"
@@ -214,11 +232,9 @@ class LanguageArm(Arm):
 
     def prefix(self, images): return self.projector(self.patches(images).tokens)
 
-    def likelihoods(self, images, ids, mask): # [n, K, 3, H, W], [n * C, L] twice → [n, K, C], log p(caption | picture) in nats
-        items, pictures, options = len(images), images.shape[1], len(ids) // len(images)
-        rows = torch.arange(len(ids), device=ids.device).view(items, 1, options).expand(-1, pictures, -1).flatten()
-        prefix = self.prefix(images.flatten(0, 1)).repeat_interleave(options, 0)
-        return -word_losses(self.language(prefix, ids[rows], mask[rows]), ids[rows], mask[rows]).sum(1).view(items, pictures, options)
+    @torch.no_grad()
+    def likelihood(self, prefix, ids, mask): # → [B], log p(caption | picture) in nats
+        return -word_losses(self.language(prefix, ids, mask), ids, mask).sum(1)
 
     def forward(self, images, ids, mask, groups, step, generator): # → loss, {part: value}
         losses = word_losses(self.language(self.prefix(images), ids, mask), ids, mask)
@@ -401,22 +417,23 @@ class SharedLM(Arm):
         width = self.sizes.hidden_size
         self.language, self.time = PrefixLM(len(self.tokenizer), self.sizes), TimeEmbedding(width)
         self.flow_norm, self.flow_out = nn.LayerNorm(width), nn.Linear(width, channels)
-        nn.init.zeros_(self.flow_out.weight), nn.init.zeros_(self.flow_out.bias)
+        self.gate = nn.Linear(width, channels)
+        for zero in (self.flow_out.weight, self.flow_out.bias, self.gate.weight, self.gate.bias): nn.init.zeros_(zero)
         self.null, self.vae = nn.Parameter(torch.zeros(1, 1, width)), None
 
-    def latents(self, images):
-        if self.vae is None: raise UserError("an arm that samples VAE latents needs its VAE: train one with `vugen train vae`, or name its folder in the plan.")
-        with torch.no_grad(): return self.vae[0].encode(resize(images, self.sizes.image_size)).flatten(2).transpose(1, 2)
+    def latents(self, images): return vae_latents(None if self.vae is None else self.vae[0], images, self.sizes)
 
     def condition(self, ids, mask): return self.language.embed(ids), mask
 
-    def velocity_of(self, features, condition):
+    def heard(self, tokens, condition): # of `noised` → [B, N, channels]
         words, mask = condition
-        x = run_blocks(self.language.blocks, torch.cat([words, features], 1), suffix_mask(mask, features.shape[1]))
+        x = run_blocks(self.language.blocks, torch.cat([words, tokens], 1), suffix_mask(mask, tokens.shape[1]))
         return self.flow_out(self.flow_norm(x[:, words.shape[1]:]))
 
-    likelihoods = LanguageArm.likelihoods
-    dropped = PairArm.dropped
+    likelihood = LanguageArm.likelihood
+    def direct(self, noisy, t): return self.gate(self.time(t))[:, None] * noisy
+
+    velocity, silence, dropped = PairArm.velocity, PairArm.silence, PairArm.dropped
 
     def forward(self, images, ids, mask, groups, step, generator): # → loss, {part: value}
         losses = word_losses(self.language(self.prefix(images), ids, mask), ids, mask)
@@ -451,7 +468,7 @@ class UnifiedArm(SharedLM):
         return self.fuse(torch.cat([semantic, self.plain(latents)], -1)) + time
 
     def prefix(self, images): return self.fused(self.latents(images), self._at(images, 1.0))
-    def features(self, noisy, t): return self.fused(noisy, self.time(t)[:, None])
+    def noised(self, noisy, t): return self.fused(noisy, self.time(t)[:, None])
 
 class DecoupledArm(SharedLM):
     "After Janus (Wu et al. 2025), with rectified flow as in JanusFlow: an encoder to understand, another way in to generate, one language model"
@@ -464,12 +481,12 @@ class DecoupledArm(SharedLM):
         self.set_up(words, sizes)
         width = self.sizes.hidden_size
         self.adaptor = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.share(channels) # so far all weights are drawn as the captioner's are
         self.into = nn.Linear(channels, width)
         self.register_buffer("into_positions", sincos_2d(*self.sizes.grid, width), persistent=False)
-        self.share(channels)
 
     def prefix(self, images): return self.adaptor(self.encoder(images).tokens)
-    def features(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
+    def noised(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
 
 # %% ../../nbs/experiment/arms.ipynb #8d890024
 class VugenArm(Arm):
@@ -488,8 +505,8 @@ class VugenArm(Arm):
         for part in (self.encoder, self.projector, self.language): part.requires_grad_(False)
         self.reduction = Reduction(self.sizes)
         self.tower, self.norm, self.time = copy.deepcopy(self.language.blocks).requires_grad_(True), nn.LayerNorm(width), TimeEmbedding(width)
-        self.into, self.out = nn.Linear(self.sizes.latent_dim, width), nn.Linear(width, self.sizes.latent_dim)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.into, self.out, self.gate = nn.Linear(self.sizes.latent_dim, width), nn.Linear(width, self.sizes.latent_dim), nn.Linear(width, self.sizes.latent_dim)
+        for zero in (self.out.weight, self.out.bias, self.gate.weight, self.gate.bias): nn.init.zeros_(zero)
         self.register_buffer("into_positions", sincos_2d(*self.sizes.grid, width), persistent=False)
 
     def take_over(self, captioner: LanguageArm) -> VugenArm:
@@ -498,7 +515,7 @@ class VugenArm(Arm):
         self.tower.load_state_dict(captioner.language.blocks.state_dict())
         return self
 
-    prefix, likelihoods = LanguageArm.prefix, LanguageArm.likelihoods
+    prefix, likelihood = LanguageArm.prefix, LanguageArm.likelihood
 
     @torch.no_grad()
     def latents(self, images): return self.reduction(self.encoder(images).tokens)
@@ -511,6 +528,10 @@ class VugenArm(Arm):
             x = run_blocks([block], x, allowed)
         return (*found, mask)
 
+    def silence(self, condition): # → a condition of one row: <bos> alone, which sees nothing else
+        *found, mask = condition
+        return (*(heard[:1] for heard in found), torch.arange(mask.shape[1], device=mask.device)[None] == 0)
+
     def _layer(self, own, frozen, x, words, allowed):
         attention, y = own.attention, own.attention_norm(x)
         known, new = frozen.attention.key_value(words), attention.key_value(y)
@@ -519,11 +540,11 @@ class VugenArm(Arm):
         x = x + attention.out(mixed.transpose(1, 2).flatten(2))
         return x + own.mlp(own.mlp_norm(x))
 
-    def features(self, noisy, t): return self.into(noisy) + self.into_positions + self.time(t)[:, None]
+    noised, velocity, direct = DecoupledArm.noised, PairArm.velocity, SharedLM.direct
 
-    def velocity_of(self, features, condition):
+    def heard(self, tokens, condition): # of `noised` → [B, N, d]
         *words, mask = condition
-        x, allowed = features, torch.cat([mask, mask.new_ones(len(mask), features.shape[1])], 1)[:, None, None]
+        allowed, x = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1])], 1)[:, None, None], tokens
         for own, frozen, heard in zip(self.tower, self.language.blocks, words): x = self._layer(own, frozen, x, heard, allowed)
         return self.out(self.norm(x))
 
@@ -531,15 +552,13 @@ class VugenArm(Arm):
         if step < self.reduction_steps:
             with torch.no_grad(): tokens = self.encoder(images).tokens
             loss = self.reduction.loss(self.reduction(tokens), self.pixels(images))
-            return loss + 0 * sum(value.sum() for value in self._sampler()), {"reduction": loss.detach()}
+            return loss, {"reduction": loss.detach()} # what has no gradient, not even zeros, is left alone by AdamW: no decay, no momentum
         self.reduction.eval()
         noisy = diffuse(self.latents(images), generator)
         keep = (torch.rand(len(ids), 1, generator=generator, device=generator.device) >= PROMPT_DROPOUT).to(mask.device)
         heard = mask & (keep | (torch.arange(mask.shape[1], device=mask.device)[None] == 0)) # without a prompt, <bos> alone is left (FACTS)
         loss = (self.velocity(noisy.x_t, noisy.t, self.condition(ids, heard)) - noisy.velocity).square().mean()
-        return loss + 0 * sum(value.sum() for value in self.reduction.parameters()), {"flow": loss.detach()}
-
-    def _sampler(self): return [value for name, value in self.named_parameters() if name.startswith(("tower", "norm", "time", "into", "out")) and value.requires_grad]
+        return loss, {"flow": loss.detach()}
 
 # %% ../../nbs/experiment/arms.ipynb #8d890027
 ARMS = {  # name: (class, settings, (earlier arm, class of the earlier weights) or None)
@@ -573,6 +592,10 @@ def needs_vae(name: str) -> bool:
     kind, settings, _ = arm_kind(name)
     return settings.get("target") == "vae" or issubclass(kind, SharedLM)
 
+def _channels(vae, sizes): # of `vae_latents`
+    if sizes.patch_size % vae.factor: raise UserError(f"a patch of {sizes.patch_size} pixels holds no whole number of the VAE's latents, each of which stands for {vae.factor}: give sizes.patch_size as a multiple of {vae.factor}.")
+    return vae.latent_channels * (sizes.patch_size // vae.factor) ** 2
+
 def make_arm(
     name: str, # of `ARMS` or `PRETRAINING`
     words: list[str], # vocabulary
@@ -583,7 +606,8 @@ def make_arm(
 ) -> Arm:
     "An arm by name, with the weights it begins with"
     kind, own, earlier = arm_kind(name)
-    arm = kind(words, sizes, **{**own, **(settings or {})})
+    found = {"channels": _channels(vae, Sizes(**sizes))} if needs_vae(name) and vae is not None else {}
+    arm = kind(words, sizes, **{**own, **found, **(settings or {})})
     if needs_vae(name): arm.vae = (vae,) if vae is not None else None
     if earlier and start is not None:
         if isinstance(arm, VugenArm): arm.take_over(start)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..data.foils import change, distinct, relaid, stands, swap_attribute, swap_object, tell
-from ..data.scenes import CONVERSE, World, named_attributes, parse, render, sample_scene, to_float
+from ..data.scenes import CONVERSE, World, holds, named_attributes, parse, render, sample_scene, to_float
 from ..errors import UserError
 
 # %% auto #0
@@ -34,11 +34,13 @@ def replace_color(scene, world, draw):
     return change(scene, place, color=str(draw.choice(_others(world.colors, *(item.color for item in scene.items)))))
 
 def replace_size(scene, world, draw):
-    "A large item becomes small, a small one large"
+    "A large item becomes small, a small one large; None where it would be cut off by the border"
     place = int(draw.integers(len(scene.items)))
     item = scene.items[place]
     low, high = world.small if item.size == "large" else world.large
-    return change(scene, place, size="small" if item.size == "large" else "large", scale=float(low + (high - low) * draw.random()))
+    made = change(scene, place, size="small" if item.size == "large" else "large", scale=float(low + (high - low) * draw.random()))
+    half = made.items[place].scale / 2
+    return made if half <= min(item.x, item.y) and max(item.x, item.y) <= 1 - half else None
 
 # %% ../../nbs/experiment/items.ipynb #7b700005
 _AXES = {"left of": ("above", "below"), "right of": ("above", "below"), "above": ("left of", "right of"), "below": ("left of", "right of")}
@@ -101,7 +103,7 @@ def make_item(
 ) -> Item:
     "One item, a pure function of its arguments"
     source = dataclasses.replace(world, counts={2: 1.0}, counted=0.0, completeness=1.0, saliency_bias=0.0, paraphrase=0.0)
-    maker, attributes = KINDS[family, kind], named_attributes(world)
+    maker, attributes, banned = KINDS[family, kind], named_attributes(world), [_told(entry) for entry in world.held_out]
     for attempt in range(ATTEMPTS):
         seeds = [abs(int(seed)), int(index), attempt, list(KINDS).index((family, kind))]
         scene = sample_scene(source, seed, int(index) * ATTEMPTS + attempt)
@@ -109,9 +111,12 @@ def make_item(
         pair = _laid_out(scene, source, np.random.default_rng([*seeds, 1]))
         other = pair and _second(pair, maker, source, [*seeds, 2])
         if not other: continue
+        if world.split == "train" and any(holds(each, told) for each in (*pair, *other) for told in banned): continue # an exchange may make what training holds out
         found = [{tell(each, attributes) for each in scenes} for scenes in (pair, other)]
         if all(len(each) == 1 for each in found) and found[0] != found[1]: return Item(family, kind, (*pair, *other), (*found[0], *found[1]))
     raise UserError(f"This world allows no items of the kind {kind!r}: give it more shapes, colours or relations, or let captions name more attributes.")
+
+def _told(entry): return parse(entry if isinstance(entry, str) else " ".join(entry)) # of `World.held_out`
 
 def _usable(scene, family):
     "A binding needs two things that differ in name, colour and size-free looks"
@@ -129,7 +134,7 @@ def suite_world(
     if suite == "seen": return world
     if suite == "composition":
         if not world.held_out: raise UserError("This world holds no compositions out: set world.held_out, or leave the suite 'composition' out.")
-        return dataclasses.replace(world, split="test", held_out_style=None)
+        return dataclasses.replace(world, split="test", styles=tuple(style for style in world.styles if style != world.held_out_style), held_out_style=None) # one thing new at a time
     if suite == "style":
         if not world.held_out_style: raise UserError("This world holds no art style out: set world.held_out_style, or leave the suite 'style' out.")
         return dataclasses.replace(world, styles=(world.held_out_style,), held_out_style=None)
@@ -176,7 +181,6 @@ def planted_scores(
     bag: bool = False, # knows which words are true, not of what
 ) -> torch.Tensor: # [n, 4, 2]
     "Scores of a scorer that looks the scene up"
-    from vugen.data.scenes import holds
     def words(scene): return {value for item in scene.items for value in (item.name, item.color, item.size)} | {scene.relations[0].name, CONVERSE[scene.relations[0].name]}
     def judge(scene, caption):
         if not bag: return float(holds(scene, parse(caption)))

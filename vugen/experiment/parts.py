@@ -102,31 +102,29 @@ class FlowHead(nn.Module):
         self.blocks = nn.ModuleList(HeadBlock(width, sizes.num_heads) for _ in range(sizes.head_layers))
         self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
         init_transformer(self)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.gate = nn.Linear(width, dim) # how much of the noisy target is part of the velocity: without it the blocks learn for a hundred steps to pass it on
+        for zero in (self.out.weight, self.out.bias, self.gate.weight, self.gate.bias): nn.init.zeros_(zero)
 
-    def features(self,
+    def forward(self,
         encoder: VisionTransformer, # whose blocks are shared
         noisy: torch.Tensor, # [B, N, dim]
         t: torch.Tensor, # [B], 0 is noise and 1 is data
-        blocked: bool = False, # no gradient reaches the encoder
-    ) -> torch.Tensor: # [B, N, D]
-        "What the encoder makes of noisy targets; no caption is read yet"
-        x = through(encoder, self.into(noisy) + self.time(t)[:, None])
-        return block_gradient(x) if blocked else x
-
-    def velocity_of(self,
-        features: torch.Tensor, # [B, N, D]
         text: torch.Tensor, # [B, L, D], states of the text tower
         mask: torch.Tensor, # [B, L]
-        blocked: bool = False, # no gradient reaches the text tower
+        blocked: bool = False, # no gradient reaches encoder and text tower: a sham head
     ) -> torch.Tensor: # [B, N, dim]
-        "The velocity under a caption"
-        x, text = features, block_gradient(text) if blocked else text
+        return self.finish(self.begin(encoder, noisy, t), text, mask, blocked) + self.direct(noisy, t)
+
+    def direct(self, noisy, t): # → [B, N, dim], the part that neither encoder nor caption changes
+        return self.gate(self.time(t))[:, None] * noisy
+
+    def begin(self, encoder, noisy, t): # → [B, N, D]; what no caption changes
+        return through(encoder, self.into(noisy) + self.time(t)[:, None])
+
+    def finish(self, x, text, mask, blocked=False): # of `begin` → [B, N, dim], to be added to `direct`
+        if blocked: x, text = block_gradient(x), block_gradient(text)
         for block in self.blocks: x = block(x, text, mask)
         return self.out(self.norm(x))
-
-    def forward(self, encoder, noisy, t, text, mask, blocked=False): # a sham head is blocked on both sides
-        return self.velocity_of(self.features(encoder, noisy, t, blocked), text, mask, blocked)
 
 # %% ../../nbs/experiment/parts.ipynb #40560010
 def prefix_mask(

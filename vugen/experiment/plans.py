@@ -28,22 +28,21 @@ __all__ = ['TINY_WORLD', 'COMPARISONS', 'PRIMARY', 'TINY', 'PRESETS', 'training_
 
 # %% ../../nbs/experiment/plans.ipynb #476c0004
 TINY_WORLD = dict(
-    image_size=32, shapes=("circle", "square", "triangle", "heart"), colors=("red", "orange", "yellow", "green", "blue", "purple"),
-    counts={1: 0.2, 2: 0.8}, attributes_per_object=2, completeness=0.85, paraphrase=0.5, styles=("flat", "shaded", "inked"), held_out_style="inked",
-    held_out=("red circle", "blue square", "green triangle", "yellow heart"))
+    image_size=32, shapes=("circle", "square", "triangle"), colors=("red", "yellow", "green", "blue"),
+    counts={1: 0.2, 2: 0.8}, attributes_per_object=2, completeness=1.0, paraphrase=0.5, styles=("flat", "shaded", "inked"), held_out_style="inked", held_out=("red circle", "blue square"))
 COMPARISONS = [["contrastive+pixels", "contrastive+sham"], ["contrastive+vae", "contrastive+sham"], ["contrastive+semantic", "contrastive+sham"], ["contrastive+sham", "contrastive"],
                ["captioner", "contrastive"], ["llava-frozen", "contrastive"], ["llava-unfrozen", "llava-frozen"], ["i-jepa", "contrastive"], ["lejepa", "contrastive"],
                ["show-o2", "captioner"], ["janus", "captioner"], ["vugen", "captioner"], ["diffusion", "contrastive"]]
 PRIMARY = {"metric": "text", "family": "binding", "suite": "seen", "readout": "native", "arm": "contrastive+pixels", "against": "contrastive+sham", "at": "steps", "alpha": 0.05, "smallest_effect": 0.05,
            "hypothesis": "A generative head through the shared encoder raises the contrastive score's binding accuracy."}
 TINY = dict(
-    world=TINY_WORLD, sizes=dict(), recipe=dict(batch_size=64, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=560,
-    curve=[40, 80, 120, 160, 220, 280, 350, 420, 490, 560, 700, 850, 1000, 1200, 1400], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
+    world=TINY_WORLD, sizes=dict(), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
+    curve=[20, 40, 60, 80, 100, 120, 160, 200, 240, 300, 360, 440, 520, 600, 700, 800], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
 PRESETS = {
     "tiny": TINY,
     "smoke": {**TINY, "sizes": dict(hidden_size=16, num_layers=1, num_heads=2, text_layers=1, language_layers=1, head_layers=1, projection_dim=8, latent_dim=4),
               "recipe": {**TINY["recipe"], "batch_size": 16, "warmup_steps": 2}, "seeds": [0, 1], "steps": 6, "curve": [3, 6], "items": dict(per_kind=4, other_per_kind=2, curve_per_kind=2, seed=2_000_003), "readouts": dict(pictures=80)},
-    "small": {**TINY, "world": {**TINY_WORLD, "image_size": 64, "completeness": 0.7, "counts": {1: 0.2, 2: 0.8}, "shapes": ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring"),
+    "small": {**TINY, "world": {**TINY_WORLD, "image_size": 64, "completeness": 0.9, "counts": {1: 0.2, 2: 0.8}, "shapes": ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring"),
                                 "colors": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black")},
               "sizes": dict(image_size=64, patch_size=8, hidden_size=256, num_layers=6, num_heads=8, text_layers=4, language_layers=4, head_layers=3, projection_dim=128, latent_dim=16),
               "recipe": dict(batch_size=256, learning_rate=5e-4, weight_decay=0.1, warmup_steps=500, ema_decay=0.999), "seeds": list(range(8)), "steps": 6000,

@@ -19,6 +19,7 @@ __all__ = ['QUESTIONS', 'READOUT_SEED', 'questions', 'claims', 'fit_linear', 'fi
 # %% ../../nbs/experiment/readouts.ipynb #c2f90005
 def _answers(scene, name): # what is true of the thing called so: (there, color, size, relation), None where there is none
     link = scene.relations[0]
+    if [item.name for item in scene.items].count(name) > 1: return "yes", None, None, None # of two circles nobody knows which is meant
     for place, item in enumerate(scene.items):
         if item.name == name: return "yes", item.color, item.size, link.name if link.subject == place else CONVERSE[link.name]
     return "no", None, None, None

@@ -229,7 +229,7 @@ def score_moment(here, stage, name, seed, step, kinds, device="cpu"):
 
 # %% ../../nbs/experiment/runner.ipynb #991d0012
 def _parameters(arm):
-    head = sum(count_parameters(part) for name, part in arm.named_children() if name in ("head", "space", "tower", "reduction", "predictor", "flow_out", "into", "plain", "fuse"))
+    head = sum(count_parameters(part) for name, part in arm.named_children() if name in ("head", "space", "tower", "reduction", "predictor", "flow_out", "into", "plain", "fuse", "gate"))
     text = sum(count_parameters(part) for name, part in arm.named_children() if name in ("text", "language", "projector", "adaptor"))
     return {"encoder": count_parameters(arm.encoder), "head": head, "text": text, "total": count_parameters(arm), "trainable": count_parameters(arm, trainable_only=True)}
 
