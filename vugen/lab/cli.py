@@ -17,6 +17,7 @@ from typing import Optional
 from ..errors import UserError
 from .bench import Bench
 from .evaluate import Evaluate
+from .experiment import Experiment
 from .paper import Figure
 from .terminal import LARGEST_SEED, LARGEST_SIDE, MOST_STEPS, Counter, check_captions, check_number, check_prompts, check_target, delivery, pick_device, pictures_in, read_images, read_pictures, report, root_of, run_record, sentence, show_notes, show_rows, write_json
 from ..paths import atomic_path, without_folders
@@ -568,7 +569,7 @@ def show_ablation(verb, found):  # Ablate; of `run_ablation` or `stored_rows`
     print("\n" + "\n".join(str(path) for path in written))
 
 # %% ../../nbs/lab/cli.ipynb #2db8fcf5
-VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Retrieve, Probe, Evaluate, Figure, Bench, Describe)}
+VERBS = {each.__name__.lower(): each for each in (Play, Train, Ablate, Reconstruct, Generate, Classify, Bind, Retrieve, Probe, Evaluate, Experiment, Figure, Bench, Describe)}
 
 
 def overview():
