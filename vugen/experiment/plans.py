@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.scenes import World, batch
+from ..data.scenes import World, batch, told
 from ..encode.contrastive import caption_groups
 from ..errors import UserError
 from .arms import ARMS, VugenArm, arm_kind, make_arm, needs_vae
@@ -61,7 +61,8 @@ def training_batch(
     shifted = [index + before * batch_size for index in indices]
     data = batch(world, seed, shifted)
     ids, mask = tokenizer.encode(data["captions"])
-    return {"images": data["images"], "ids": ids, "mask": mask, "groups": caption_groups(data["captions"]), "step": indices[0] // batch_size}
+    stated = [repr(told(scene, world, seed, index)) for scene, index in zip(data["scenes"], shifted)] # other words for one fact are no negatives
+    return {"images": data["images"], "ids": ids, "mask": mask, "groups": caption_groups(stated), "step": indices[0] // batch_size}
 
 def training_flops(
     arm: torch.nn.Module,
