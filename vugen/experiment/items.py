@@ -16,7 +16,7 @@ from ..data.scenes import CONVERSE, World, holds, named_attributes, parse, rende
 from ..errors import UserError
 
 # %% auto #0
-__all__ = ['KINDS', 'ATTEMPTS', 'SUITES', 'OUTCOMES', 'CHANCE', 'replace_object', 'replace_color', 'replace_size',
+__all__ = ['KINDS', 'ATTEMPTS', 'SUITES', 'OUTCOMES', 'SCORED', 'CHANCE', 'replace_object', 'replace_color', 'replace_size',
            'turn_relation', 'reverse_relation', 'Item', 'make_item', 'suite_world', 'item_pictures', 'make_items',
            'outcomes', 'planted_scores']
 
@@ -159,6 +159,7 @@ def make_items(
 
 # %% ../../nbs/experiment/items.ipynb #7b70000e
 OUTCOMES = ("text", "image", "group", "match", "across")
+SCORED = [0, 2, 3] # pictures that outcomes look at
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "match": 1 / 2, "across": 1 / 6}
 
 def _group(first, second): # scores [n, 2] of a picture of binding 0, of one of binding 1
@@ -167,7 +168,7 @@ def _group(first, second): # scores [n, 2] of a picture of binding 0, of one of 
     return text, image
 
 def outcomes(
-    scores: torch.Tensor, # [n, 4, 2], higher is better
+    scores: torch.Tensor, # [n, 4, 2], higher is better; those of the second picture are not looked at
 ) -> dict[str, torch.Tensor]: # each [n] uint8
     "Winoground's scores of every item, and the same across nuisances"
     text, image = _group(scores[:, 0], scores[:, 2])

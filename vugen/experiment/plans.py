@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -13,13 +14,15 @@ from pathlib import Path
 import torch
 
 from ..data.scenes import World, batch, told
+from ..decode.vae import load_vae
 from ..encode.contrastive import caption_groups
 from ..errors import UserError
-from .arms import ARMS, VugenArm, arm_kind, make_arm, needs_vae
+from .arms import ARMS, JepaArm, VugenArm, arm_kind, make_arm, needs_vae
 from .items import KINDS, SUITES
 from .parts import Sizes
 from ..models.text import WordTokenizer, scene_words
-from ..paths import atomic_path
+from ..models.saving import fingerprint
+from ..paths import atomic_path, checkpoints_dir
 from ..train.loop import sample_indices
 
 # %% auto #0
@@ -28,7 +31,7 @@ __all__ = ['TINY_WORLD', 'COMPARISONS', 'PRIMARY', 'TINY', 'PRESETS', 'training_
 
 # %% ../../nbs/experiment/plans.ipynb #476c0004
 TINY_WORLD = dict(
-    image_size=32, shapes=("circle", "square", "triangle"), colors=("red", "yellow", "green", "blue"),
+    image_size=24, shapes=("circle", "square", "triangle"), colors=("red", "yellow", "green", "blue"),
     counts={1: 0.2, 2: 0.8}, attributes_per_object=2, completeness=1.0, paraphrase=0.5, styles=("flat", "shaded", "inked"), held_out_style="inked", held_out=("red circle", "blue square"))
 COMPARISONS = [["contrastive+pixels", "contrastive+sham"], ["contrastive+vae", "contrastive+sham"], ["contrastive+semantic", "contrastive+sham"], ["contrastive+sham", "contrastive"],
                ["captioner", "contrastive"], ["llava-frozen", "contrastive"], ["llava-unfrozen", "llava-frozen"], ["i-jepa", "contrastive"], ["lejepa", "contrastive"],
@@ -36,12 +39,12 @@ COMPARISONS = [["contrastive+pixels", "contrastive+sham"], ["contrastive+vae", "
 PRIMARY = {"metric": "text", "family": "binding", "suite": "seen", "readout": "native", "arm": "contrastive+pixels", "against": "contrastive+sham", "at": "steps", "alpha": 0.05, "smallest_effect": 0.05,
            "hypothesis": "A generative head through the shared encoder raises the contrastive score's binding accuracy."}
 TINY = dict(
-    world=TINY_WORLD, sizes=dict(), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
+    world=TINY_WORLD, sizes=dict(image_size=24), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
     curve=[20, 40, 60, 80, 100, 120, 160, 200, 240, 300, 360, 440, 520, 600, 700, 800], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
 PRESETS = {
     "tiny": TINY,
-    "smoke": {**TINY, "sizes": dict(hidden_size=16, num_layers=1, num_heads=2, text_layers=1, language_layers=1, head_layers=1, projection_dim=8, latent_dim=4),
-              "recipe": {**TINY["recipe"], "batch_size": 16, "warmup_steps": 2}, "seeds": [0, 1], "steps": 6, "curve": [3, 6], "items": dict(per_kind=4, other_per_kind=2, curve_per_kind=2, seed=2_000_003), "readouts": dict(pictures=80)},
+    "smoke": {**TINY, "sizes": dict(image_size=24, hidden_size=16, num_layers=1, num_heads=2, text_layers=1, language_layers=1, head_layers=1, projection_dim=8, latent_dim=4),
+              "recipe": {**TINY["recipe"], "batch_size": 16, "warmup_steps": 2}, "arms": {**TINY["arms"], "vugen": {"reduction_steps": 2}}, "seeds": [0, 1], "steps": 6, "curve": [3, 6], "items": dict(per_kind=4, other_per_kind=2, curve_per_kind=2, seed=2_000_003), "readouts": dict(pictures=80)},
     "small": {**TINY, "world": {**TINY_WORLD, "image_size": 64, "completeness": 0.9, "counts": {1: 0.2, 2: 0.8}, "shapes": ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring"),
                                 "colors": ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink", "brown", "black")},
               "sizes": dict(image_size=64, patch_size=8, hidden_size=256, num_layers=6, num_heads=8, text_layers=4, language_layers=4, head_layers=3, projection_dim=128, latent_dim=16),
@@ -67,21 +70,23 @@ def training_batch(
 def training_flops(
     arm: torch.nn.Module,
     data: dict, # of `training_batch`
+    seed: int = 0, # of noise and masks
 ) -> int:
     "Operations of a loss and its gradients, as `torch.utils.flop_counter` counts them; attention is computed by its plain formula, because the counter does not see the fused kernel"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        arm.train()(**data, generator=torch.Generator().manual_seed(0))[0].backward()
+        arm.train()(**data, generator=torch.Generator().manual_seed(seed))[0].backward()
     return counter.get_total_flops()
 
 # %% ../../nbs/experiment/plans.ipynb #476c000b
 def load_plan_vae(plan, root=None): # the frozen VAE of a plan's arms, or None
-    "The VAE that a plan names, from its own folder or from that of the embedded checkpoints"
+    "The VAE that a plan names, from its own folder or from that of the embedded checkpoints; another one than the plan was written with is refused"
     if not any(needs_vae(name) for name in plan["arms"]): return None
-    from vugen.decode.vae import load_vae
-    from vugen.paths import checkpoints_dir
-    return load_vae(Path(root or checkpoints_dir("tiny")) / plan["vae"]).eval()
+    folder = Path(root or checkpoints_dir("tiny")) / plan["vae"]
+    vae = load_vae(folder).eval()
+    if plan.get("vae_fingerprint", fingerprint(vae)) != fingerprint(vae): raise UserError(f"{folder} holds other weights ({fingerprint(vae)}) than the plan was written with ({plan['vae_fingerprint']}): name the folder of those with --root, or write a new plan.")
+    return vae
 
 def step_costs(
     plan: dict,
@@ -94,7 +99,8 @@ def step_costs(
     arm = make_arm(name, vocabulary, plan["sizes"], plan["arms"].get(name, {}).get("settings", {}), vae)
     few = min(size, 32) # operations grow in proportion, but for the matrix of all pairs, which is negligible
     data = training_batch(world, WordTokenizer(vocabulary), plan["seeds"][0], sample_indices(0, few), few)
-    early = training_flops(arm, data) / few * size / 1e9
+    draws = 16 if isinstance(arm, JepaArm) else 1 # sizes of its masks are drawn
+    early = sum(training_flops(arm, data, seed) for seed in range(draws)) / draws / few * size / 1e9
     if not isinstance(arm, VugenArm): return early, early
     arm.zero_grad()
     return early, training_flops(arm, {**data, "step": arm.reduction_steps}) / few * size / 1e9
@@ -107,6 +113,19 @@ def plan_digest(
     said = {key: value for key, value in plan.items() if key not in ("pilot", "question", "name")}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
+_ARM_KEYS = ("settings", "earlier", "before", "steps", "equal_flops", "gflops_per_step", "gflops_before")
+_KINDS = {"world": dict, "sizes": dict, "recipe": dict, "arms": dict, "seeds": list, "steps": int, "gflops": (int, float), "curve": list, "items": dict, "readouts": dict, "primary": dict, "comparisons": list, "vae": str}
+
+def _check_shapes(plan, source):
+    for key, kind in _KINDS.items():
+        if not isinstance(plan[key], kind) or isinstance(plan[key], bool): raise UserError(f"{source} says {key}: {json.dumps(plan[key], default=str)[:60]}, which is no {getattr(kind, '__name__', 'number')}: write it anew with `vugen experiment plan`.")
+    allowed = {"sizes": {field.name for field in dataclasses.fields(Sizes)}, "recipe": {"batch_size", "learning_rate", "weight_decay", "warmup_steps", "ema_decay"}, "items": {"suites", "per_kind", "other_per_kind", "curve_per_kind", "seed"}, "readouts": {"pictures"}}
+    for key, known in allowed.items():
+        if wrong := sorted({*plan[key]} - known): raise UserError(f"{source} has the unknown key {wrong[0]!r} in {key!r}: take it out, or choose one of {', '.join(sorted(known))}.")
+        if bad := [name for name, value in plan[key].items() if name != "suites" and not isinstance(value, (int, float))]: raise UserError(f"{source} says {key}.{bad[0]}: {json.dumps(plan[key][bad[0]], default=str)[:60]}, which is no number: write a number there.")
+    for key in ("seeds", "curve"):
+        if bad := [value for value in plan[key] if not isinstance(value, int) or isinstance(value, bool)]: raise UserError(f"{source} has {json.dumps(bad[0], default=str)[:60]} among its {key}: whole numbers belong there.")
+
 _KEYS = ("name", "preset", "question", "world", "sizes", "recipe", "arms", "seeds", "steps", "gflops", "curve", "items", "readouts", "primary", "comparisons", "vae")
 
 def check_plan(
@@ -116,11 +135,12 @@ def check_plan(
     "Refuse what cannot be run, with the first thing that is wrong"
     for key in _KEYS:
         if key not in plan: raise UserError(f"{source} has no {key!r}: write it anew with `vugen experiment plan`.")
-    World.from_dict(plan["world"]), Sizes(**plan["sizes"])
+    _check_shapes(plan, source)
+    World.from_dict(plan["world"])
     for name, arm in plan["arms"].items():
         arm_kind(name)
-        if arm["earlier"] == "contrastive" and "contrastive" not in plan["arms"] or arm["earlier"] == "captioner" and "captioner" not in plan["arms"]:
-            raise UserError(f"{source} has {name!r}, which begins with {arm['earlier']!r}: add that arm too.")
+        if missing := sorted({*_ARM_KEYS} - {*arm}): raise UserError(f"{source} has no {missing[0]!r} for the arm {name!r}: write it anew with `vugen experiment plan`.")
+        if arm["earlier"] in ARMS and arm["earlier"] not in plan["arms"]: raise UserError(f"{source} has {name!r}, which begins with {arm['earlier']!r}: add that arm too.")
     if plan["steps"] < 2 or plan["steps"] not in plan["curve"]: raise UserError(f"{source} compares after {plan['steps']} steps, which its curve {plan['curve']} does not hold: add it there.")
     if not plan["seeds"] or len(set(plan["seeds"])) != len(plan["seeds"]): raise UserError(f"{source} has the seeds {plan['seeds']}: give different ones, at least one.")
     primary = plan["primary"]
@@ -162,25 +182,36 @@ def make_plan(
     plan = {"name": changes.get("name", preset), "preset": preset, "question": "Does a generative head make an encoder bind words to things, at equal data and at equal compute?", **plan,
             "arms": {name: {"settings": dict(plan["arms"][name] if isinstance(plan["arms"], dict) else {})} for name in names}}
     plan["items"] = {"suites": [suite for suite in SUITES if suite == "seen" or plan["world"]["held_out" if suite == "composition" else "held_out_style"]], **plan["items"]}
+    vae = load_plan_vae(plan, root)
+    if vae is not None: plan["vae_fingerprint"] = fingerprint(vae)
     plan["comparisons"] = [pair for pair in plan["comparisons"] if set(pair) <= set(names)]
     plan["primary"] = {**plan["primary"], "items": plan["items"]["per_kind"] * sum(family == plan["primary"]["family"] for family, _ in KINDS), "seeds": len(plan["seeds"])}
-    return check_plan(_scheduled(plan, load_plan_vae(plan, root)))
+    return check_plan(_scheduled(plan, vae))
 
 def _scheduled(plan, vae):
     "Costs, budgets and steps of every arm"
     half, size = plan["steps"] // 2, plan["recipe"]["batch_size"]
     earlier = {name: arm_kind(name)[2] for name in plan["arms"]}
     cost = {name: step_costs(plan, vae, name) for name in {*plan["arms"], *filter(None, earlier.values())}}
-    def spent(name, steps): # GFLOP of so many own steps
-        first = min(steps, plan["arms"].get(name, {}).get("settings", {}).get("reduction_steps", 100)) if name == "vugen" else steps
-        return first * cost[name][0] + (steps - first) * cost[name][1]
-    before = {name: spent(earlier[name], half) if earlier[name] else 0.0 for name in plan["arms"]}
+    before = {name: half * cost[earlier[name]][0] if earlier[name] else 0.0 for name in plan["arms"]}
     own = {name: plan["steps"] - (half if earlier[name] else 0) for name in plan["arms"]}
-    plan["gflops"] = plan.get("gflops") or max(before[name] + spent(name, own[name]) for name in plan["arms"])
+    def spent(name): return before[name] + _spent(plan["arms"][name], cost[name], own[name])
+    chief = plan["primary"]["arm"]
+    plan["gflops"] = plan.get("gflops") or (spent(chief) if chief in own else max(map(spent, own)))
     for name, arm in plan["arms"].items():
-        more = max(0.0, plan["gflops"] - before[name] - spent(name, own[name])) / cost[name][1]
-        arm.update(earlier=earlier[name], before=half if earlier[name] else 0, steps=own[name] + round(more), gflops_per_step=list(cost[name]), gflops_before=before[name], samples_per_step=size)
+        equal = max(1, _affordable(arm, cost[name], plan["gflops"] - before[name]))
+        arm.update(earlier=earlier[name], before=half if earlier[name] else 0, steps=max(own[name], equal), equal_flops=equal, gflops_per_step=list(cost[name]), gflops_before=before[name], samples_per_step=size)
     return plan
+
+def _early(arm): return arm.get("settings", {}).get("reduction_steps", 100) # VUGEN's first steps, at their own price
+
+def _spent(arm, cost, steps): # an arm of a plan, its (early, later) GFLOP, own steps → GFLOP
+    first = min(steps, _early(arm)) if cost[0] != cost[1] else steps
+    return first * cost[0] + (steps - first) * cost[1]
+
+def _affordable(arm, cost, gflops): # own steps that so many GFLOP pay for
+    first = _early(arm) * cost[0] if cost[0] != cost[1] else 0.0
+    return round(gflops / cost[0]) if cost[0] == cost[1] or gflops <= first else _early(arm) + round((gflops - first) / cost[1])
 
 # %% ../../nbs/experiment/plans.ipynb #476c0013
 def moments(
@@ -193,7 +224,7 @@ def moments(
     def add(step, moment):
         if 0 < step <= end: found.setdefault(step, []).append(moment)
     for step in plan["curve"]: add(step - arm["before"], "curve")
-    add(plan["steps"] - arm["before"], "steps"); add(end, "flops")
+    add(plan["steps"] - arm["before"], "steps"); add(arm["equal_flops"], "flops")
     return {step: tuple(dict.fromkeys(found[step])) for step in sorted(found)}
 
 def spent_at(
@@ -203,6 +234,5 @@ def spent_at(
 ) -> tuple[int, int, float]: # steps, samples and GFLOP of all phases together
     "What has been spent at a moment"
     arm = plan["arms"][name]
-    first = min(step, arm["settings"].get("reduction_steps", 100)) if name == "vugen" else step
-    gflops = arm["gflops_before"] + first * arm["gflops_per_step"][0] + (step - first) * arm["gflops_per_step"][1]
+    gflops = arm["gflops_before"] + _spent(arm, arm["gflops_per_step"], step)
     return arm["before"] + step, (arm["before"] + step) * plan["recipe"]["batch_size"], gflops

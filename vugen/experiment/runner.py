@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ from ..data.scenes import World
 from ..errors import UserError
 from ..evaluate.records import environment
 from .arms import PRETRAINING, make_arm
-from .items import OUTCOMES, make_items, outcomes
+from .items import OUTCOMES, SCORED, make_items, outcomes
 from .plans import load_plan_vae, moments, plan_digest, read_plan, spent_at, training_batch, write_plan
 from .readouts import fit_readouts, readout_scores
 from ..models.layers import count_parameters
@@ -32,7 +33,7 @@ from ..train.presets import Recipe
 # %% auto #0
 __all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
            'score_arm', 'write_scores', 'read_scores', 'score_moment', 'finish_job', 'run_job', 'run_plan', 'collect',
-           'curves', 'pilot_record', 'work_alone', 'main']
+           'restore', 'curves', 'pilot_record', 'work_alone', 'main']
 
 # %% ../../nbs/experiment/runner.ipynb #991d0005
 class ArmStage:
@@ -82,10 +83,13 @@ class Run:
         kept = self.folder / "plan.json"
         if plan is None and not kept.is_file(): raise UserError(f"{self.folder} holds no plan.json: begin with `vugen experiment run PLAN --out {self.folder}`.")
         self.plan = plan or read_plan(kept)
-        if kept.is_file() and plan_digest(read_plan(kept)) != plan_digest(self.plan): raise UserError(f"{kept} is another plan ({plan_digest(read_plan(kept))}, not {plan_digest(self.plan)}): results of two plans are never mixed, name another folder with --out.")
-        if not kept.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_plan(self.plan, kept)
+        if plan is not None: self._settle(kept)
+
+    def _settle(self, kept): # two processes may begin at once, with two plans
+        with claimed(self.folder, wait=True):
+            if not kept.is_file(): write_plan(self.plan, kept)
+            own, there = plan_digest(self.plan), plan_digest(read_plan(kept))
+        if own != there: raise UserError(f"{kept} is another plan ({there}, not {own}): results of two plans are never mixed, name another folder with --out.")
 
     @functools.cached_property
     def vae(self): return load_plan_vae(self.plan, self.root)
@@ -104,12 +108,13 @@ class Run:
 @contextlib.contextmanager
 def claimed(
     folder: Path, # of a job
+    wait: bool = False, # until it is free
 ): # True where it is ours, False where another process holds it
     "Hold a job for as long as this process lives; a killed process lets go"
     import fcntl
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError: yield False; return
         yield True
 
@@ -135,12 +140,13 @@ def train_part(
     snapshots: tuple = (), # steps at which the weights are kept
     start=None, # the earlier arm, trained
     show: bool = True,
+    folder: str = "weights", # within the job's
 ) -> ArmStage:
     "Train a part, or go on with it; its weights lie in `weights`, its snapshots beside them"
-    out, stage = here.job(name, seed) / "weights", ArmStage(here.plan, name, seed, here.vae, start)
-    if (out / "run.json").is_file(): return stage
-    result = run(stage, recipe_of(here.plan, seed, steps, snapshots), out, resume=True, command="vugen experiment run", show=show)
-    if result["status"] != "finished": raise Stopped(result["signal"])
+    out, stage = here.job(name, seed) / folder, ArmStage(here.plan, name, seed, here.vae, start)
+    if not (out / "run.json").is_file():
+        result = run(stage, recipe_of(here.plan, seed, steps, snapshots), out, resume=True, command="vugen experiment run", show=show)
+        if result["status"] != "finished": raise Stopped(result["signal"])
     shutil.rmtree(default_state(out), ignore_errors=True)
     return stage
 
@@ -150,6 +156,8 @@ def earlier_arm(here, name, seed, show=True):
     if not earlier: return None
     if earlier in PRETRAINING: return train_part(here, earlier, seed, half, show=show).load(here.job(earlier, seed) / "weights")
     folder = snapshot_folder(here.job(earlier, seed) / "weights", half)
+    if not folder.is_dir() and here.done(earlier, seed): # its scores came from elsewhere: the first half of its training is enough
+        return train_part(here, earlier, seed, half, show=show, folder="weights-half").load(here.job(earlier, seed) / "weights-half")
     if not folder.is_dir(): train_arm(here, earlier, seed, show)
     return ArmStage(here.plan, earlier, seed, here.vae).load(folder)
 
@@ -168,6 +176,12 @@ def items_of(plan, suite, per_kind): # of `make_items`
     "The items of a suite: the same for every arm and seed"
     return _items(json.dumps(plan["world"], sort_keys=True), suite, per_kind, plan["items"]["seed"])
 
+def _asked_scores(arm, items, how, device): # → [n, 4, 2]
+    "Scores of the pictures that `outcomes` looks at; that of binding 0 under the other nuisance it does not"
+    scores = torch.full((len(items["images"]), 4, 2), math.nan)
+    scores[:, SCORED] = arm.score_items(items["images"][:, SCORED].to(device), items["captions"], how)
+    return scores
+
 def _number(items, suite, whole): # items of a kind
     return items["curve_per_kind"] if not whole else items["per_kind"] if suite == "seen" else items.get("other_per_kind", items["per_kind"])
 
@@ -183,7 +197,7 @@ def score_arm(
     for suite in plan["items"]["suites"] if whole else ["seen"]:
         items = items_of(plan, suite, _number(plan["items"], suite, whole))
         asked = arm.scores if whole and suite == "seen" else arm.scores[:1] # further native scores are dear, and a side question
-        scores = {"native" if not place else how: arm.score_items(items["images"].to(device), items["captions"], how) for place, how in enumerate(asked)}
+        scores = {"native" if not place else how: _asked_scores(arm, items, how, device) for place, how in enumerate(asked)}
         scores.update(readout_scores(arm, readouts, world, items) if whole else {})
         for readout, values in scores.items():
             said = {key: value.tolist() for key, value in outcomes(values).items()}
@@ -250,17 +264,26 @@ def _tidy(here, seed):
     for name in {*here.plan["arms"], *(arm["earlier"] for arm in here.plan["arms"].values() if arm["earlier"])}:
         job, half = here.job(name, seed), here.plan["steps"] // 2
         if not (here.done(name, seed) or name in PRETRAINING): continue
-        keep = {"weights" if name in PRETRAINING else f"weights-step-{half}"} if name in waiting else set()
-        for path in job.glob("weights*"):
-            if path.name not in keep: shutil.rmtree(path, ignore_errors=True)
+        keep = {"weights" if name in PRETRAINING else f"weights-step-{half}", "weights-half"} if name in waiting else set()
+        for path in (*job.glob("weights*"), *job.glob(".state-weights*")):
+            if path.name.removeprefix(".state-") not in keep: shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(job / "moments", ignore_errors=True)
 
 def run_job(here, name, seed, device="cpu", show=True):
     "Train, score, keep"
-    start = time.monotonic()
-    stage = train_arm(here, name, seed, show)
-    for step, kinds in moments(here.plan, name).items(): score_moment(here, stage, name, seed, step, kinds, device)
-    finish_job(here, stage, name, seed, time.monotonic() - start)
+    with _clock(here.job(name, seed) / "seconds.json") as seconds:
+        stage = train_arm(here, name, seed, show)
+        for step, kinds in moments(here.plan, name).items(): score_moment(here, stage, name, seed, step, kinds, device)
+        finish_job(here, stage, name, seed, seconds())
+
+@contextlib.contextmanager
+def _clock(file): # where the time of earlier processes is kept
+    "Seconds spent on a job by all processes that ended in order"
+    start, before = time.monotonic(), json.loads(file.read_text()) if file.is_file() else 0.0
+    def seconds(): return before + time.monotonic() - start
+    try: yield seconds
+    finally:
+        with atomic_path(file) as temporary: temporary.write_text(json.dumps(seconds()))
 
 def run_plan(
     here: Run,
@@ -289,8 +312,12 @@ def _held(here, name, seed):
     "A job and the earlier arm that it may have to train"
     earlier = here.plan["arms"][name]["earlier"]
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(claimed(here.job(each, seed))) for each in (earlier, name) if each and not (each in here.plan["arms"] and here.done(each, seed))]
+        held = [stack.enter_context(claimed(here.job(each, seed))) for each in (earlier, name) if each and not _ready(here, each, seed)]
         yield all(held)
+
+def _ready(here, earlier, seed): # nothing is left to train: its scores are there, and so is what a later arm begins with
+    return here.done(earlier, seed) and snapshot_folder(here.job(earlier, seed) / "weights", here.plan["steps"] // 2).is_dir()
+
 
 # %% ../../nbs/experiment/runner.ipynb #991d0015
 def collect(
@@ -307,6 +334,30 @@ def collect(
     write_scores([row for job in finished for row in read_scores(here.job(*job) / "scores.parquet")], out / "scores.parquet")
     with atomic_path(out / "records.json") as temporary: temporary.write_text(json.dumps(records) + "\n", encoding="utf-8")
     return [out / "scores.parquet", out / "records.json", write_plan(here.plan, out / "plan.json")]
+
+# %% ../../nbs/experiment/runner.ipynb #65b00de5
+def restore(
+    here: Run,
+    folder: str | Path, # of `collect`
+) -> list[tuple]: # (arm, seed) that were taken over
+    "Take over the finished jobs that were collected from a run of the same plan"
+    folder = Path(folder).expanduser()
+    if not (folder / "records.json").is_file(): raise UserError(f"{folder} holds no records.json: name a folder that `vugen experiment collect` wrote.")
+    own, there = plan_digest(here.plan), plan_digest(read_plan(folder / "plan.json"))
+    if own != there: raise UserError(f"{folder} holds results of another plan ({there}, not {own}): results of two plans are never mixed.")
+    found = {(record["arm"], record["seed"]): record for record in json.loads((folder / "records.json").read_text())}
+    return [job for job in here.jobs() if job in found and _take_over(here, job, found[job], folder / "scores.parquet")]
+
+def _take_over(here, job, record, path): # → whether it was not there
+    from pyarrow import parquet
+    with claimed(here.job(*job)) as mine:
+        if not mine or here.done(*job): return False
+        rows = parquet.read_table(path, filters=[("arm", "=", job[0]), ("seed", "=", job[1])]).to_pylist()
+        if not rows: raise UserError(f"{path} holds no scores of {job[0]!r} with the seed {job[1]}, of which records.json tells: collect the results again.")
+        write_scores(rows, here.job(*job) / "scores.parquet")
+        with atomic_path(here.job(*job) / "record.json") as temporary: temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return True
+
 
 # %% ../../nbs/experiment/runner.ipynb #991d0018
 def curves(

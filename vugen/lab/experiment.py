@@ -35,6 +35,7 @@ class Experiment:
     why: str = ""  # what was decided from them, in words
     minutes: Optional[float] = None  # leave a run after about so long, with everything saved
     processes: int = 1  # that work on a run together
+    collected: Optional[Path] = None  # results of the same plan that `collect` wrote: their jobs count as done, and a collect that follows holds them too
     json: Optional[Path] = None  # file for the report's rows; - prints them
     root: Optional[Path] = None  # folder of checkpoints that holds the VAE
     device: str = "auto"  # auto, cpu or cuda
@@ -75,18 +76,21 @@ def run_folder(verb, plan):  # Experiment; a plan
 def run_verb(verb, path):  # Experiment; a plan's file
     "Work on a plan, with further processes beside this one if asked for."
     from vugen.experiment.plans import read_plan
-    from vugen.experiment.runner import Run, run_plan
+    from vugen.experiment.runner import Run, restore, run_plan
     plan = read_plan(path)
     out = run_folder(verb, plan)
     check_target(out, "folder")
     here, helpers = Run(out, plan, verb.root and root_of(verb.root)), []
+    if verb.collected: restore(here, verb.collected)
     jobs = here.jobs(verb.arms or None, verb.seeds or None)
     print(f"{out}: {sum(here.done(*job) for job in jobs)} of {len(jobs)} jobs are done.", flush=True)
     try:
         helpers = [subprocess.Popen(helper_command(verb, path, out), env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(verb.processes - 1)]
         if helpers: import torch; torch.set_num_threads(1)
         found = run_plan(here, verb.arms or None, verb.seeds or None, verb.minutes, pick_device(verb.device))
-        for helper in helpers: helper.wait()
+        for helper in helpers:
+            if found["signal"]: helper.terminate() # it saves its state as well
+            helper.wait()
     finally:
         for helper in helpers: helper.terminate()
     left = here.jobs(verb.arms or None, verb.seeds or None)
