@@ -39,7 +39,7 @@ COMPARISONS = [["contrastive+pixels", "contrastive+sham"], ["contrastive+vae", "
 PRIMARY = {"metric": "text", "family": "binding", "suite": "seen", "readout": "native", "arm": "contrastive+pixels", "against": "contrastive+sham", "at": "steps", "alpha": 0.05, "smallest_effect": 0.05,
            "hypothesis": "A generative head through the shared encoder raises the contrastive score's binding accuracy."}
 TINY = dict(
-    world=TINY_WORLD, sizes=dict(image_size=24), recipe=dict(batch_size=128, learning_rate=2e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
+    world=TINY_WORLD, sizes=dict(image_size=24), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
     curve=[20, 40, 60, 80, 100, 120, 160, 200, 240, 300, 360, 440, 520, 600, 700, 800], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
 PRESETS = {
     "tiny": TINY,
