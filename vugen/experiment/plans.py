@@ -39,8 +39,8 @@ COMPARISONS = [["contrastive+pixels", "contrastive+sham"], ["contrastive+vae", "
 PRIMARY = {"metric": "text", "family": "binding", "suite": "seen", "readout": "native", "arm": "contrastive+pixels", "against": "contrastive+sham", "at": "steps", "alpha": 0.05, "smallest_effect": 0.05,
            "hypothesis": "A generative head through the shared encoder raises the contrastive score's binding accuracy."}
 TINY = dict(
-    world=TINY_WORLD, sizes=dict(image_size=24), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=240,
-    curve=[20, 40, 60, 80, 100, 120, 160, 200, 240, 300, 360, 440, 520, 600, 700, 800], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
+    world=TINY_WORLD, sizes=dict(image_size=24), recipe=dict(batch_size=128, learning_rate=1e-3, weight_decay=0.1, warmup_steps=50, ema_decay=0.99), arms={name: {} for name in ARMS}, seeds=[0, 1, 2, 3, 4], steps=160,
+    curve=[20, 40, 60, 80, 100, 120, 160, 200, 240, 300, 360, 440, 520, 600, 700], items=dict(per_kind=100, other_per_kind=50, curve_per_kind=30, seed=2_000_003), readouts=dict(pictures=2000), primary=PRIMARY, comparisons=COMPARISONS, vae="vae")
 PRESETS = {
     "tiny": TINY,
     "smoke": {**TINY, "sizes": dict(image_size=24, hidden_size=16, num_layers=1, num_heads=2, text_layers=1, language_layers=1, head_layers=1, projection_dim=8, latent_dim=4),

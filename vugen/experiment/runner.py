@@ -196,14 +196,18 @@ def score_arm(
     readouts = fit_readouts(arm, world, plan["readouts"]["pictures"], seed) if whole else {}
     for suite in plan["items"]["suites"] if whole else ["seen"]:
         items = items_of(plan, suite, _number(plan["items"], suite, whole))
-        asked = arm.scores if whole and suite == "seen" else arm.scores[:1] # further native scores are dear, and a side question
-        scores = {"native" if not place else how: _asked_scores(arm, items, how, device) for place, how in enumerate(asked)}
-        scores.update(readout_scores(arm, readouts, world, items) if whole else {})
-        for readout, values in scores.items():
-            said = {key: value.tolist() for key, value in outcomes(values).items()}
-            found += [{"readout": readout, "suite": suite, "family": family, "kind": kind, "item": item, **{key: value[place] for key, value in said.items()}}
-                      for place, (family, kind, item) in enumerate(zip(items["family"], items["kind"], items["item"].tolist()))]
+        found += _outcome_rows("native", suite, items, _asked_scores(arm, items, arm.scores[0], device))
+        if not whole: continue
+        for readout, values in readout_scores(arm, readouts, world, items).items(): found += _outcome_rows(readout, suite, items, values)
+        if suite == "seen" and arm.scores[1:]: # a side question, and dear: on fewer items
+            fewer = items_of(plan, suite, plan["items"].get("other_per_kind", plan["items"]["per_kind"]))
+            for how in arm.scores[1:]: found += _outcome_rows(how, suite, fewer, _asked_scores(arm, fewer, how, device))
     return found
+
+def _outcome_rows(readout, suite, items, scores): # [n, 4, 2]
+    said = {key: value.tolist() for key, value in outcomes(scores).items()}
+    return [{"readout": readout, "suite": suite, "family": family, "kind": kind, "item": item, **{key: value[place] for key, value in said.items()}}
+            for place, (family, kind, item) in enumerate(zip(items["family"], items["kind"], items["item"].tolist()))]
 
 # %% ../../nbs/experiment/runner.ipynb #991d0010
 def write_scores(
