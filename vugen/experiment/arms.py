@@ -289,6 +289,13 @@ class JepaArm(Arm):
         self.register_buffer("predictor_positions", sincos_2d(*self.sizes.grid, narrow), persistent=False)
 
     def masks(self, number, generator): # → context [B, N], four targets [B, N]
+        "Drawn anew while a picture keeps less than a ninth of its grid: targets can cover a small grid"
+        for _ in range(20):
+            context, targets = self._masks(number, generator)
+            if 9 * int(context.sum(1).min()) >= context.shape[1]: break
+        return context, targets
+
+    def _masks(self, number, generator):
         targets = [draw_blocks(self.sizes.grid, number, (0.15, 0.2), (0.75, 1.5), generator)] # the first draws the size, the others reuse it below
         shape = targets[0].view(number, *self.sizes.grid)[0]
         height, width = int(shape.any(1).sum()), int(shape.any(0).sum())
