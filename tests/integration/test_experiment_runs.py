@@ -1,6 +1,7 @@
 "Runs of the controlled experiment: the controls control, a killed run goes on, processes share a folder, plans are not mixed."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from vugen.data.scenes import World, batch, holds, parse
 from vugen.errors import UserError
 from vugen.experiment.items import KINDS, make_items, outcomes
 from vugen.experiment.plans import PRESETS, make_plan, moments, plan_digest, spent_at, write_plan
-from vugen.experiment.runner import OUTCOMES, ArmStage, Run, collect, read_scores, run_plan
+from vugen.experiment.runner import OUTCOMES, ArmStage, Run, collect, read_scores, restore, run_plan
 from vugen.lab.cli import main
 
 ARMS = ("contrastive", "contrastive+pixels", "contrastive+sham", "llava-frozen")
@@ -66,6 +67,63 @@ def test_killed_twice_it_goes_on_to_the_same_scores(undisturbed, plan, tmp_path)
     for name in ARMS: assert scores_of(here, name) == scores_of(undisturbed, name)
 
 
+@pytest.fixture(scope="module")
+def light(plan): return {**plan, "arms": {name: plan["arms"][name] for name in ("contrastive", "llava-frozen")}, "comparisons": [], "items": {**plan["items"], "suites": ["seen"], "per_kind": 2}, "readouts": {"pictures": 24}}
+
+
+@pytest.fixture(scope="module")
+def calm(light, tmp_path_factory):
+    here = Run(tmp_path_factory.mktemp("calm"), light)
+    run_plan(here, show=False)
+    return here
+
+
+def remains(here): return [path for path in here.folder.rglob("*") if path.name.startswith(("weights", ".state-")) or path.name == "moments"]
+
+
+class Killed(BaseException): "Nobody catches it."
+
+
+@pytest.mark.parametrize("where", ["finish_job", "_parameters", "_tidy", "shutil.rmtree"])
+def test_ended_anywhere_while_finishing_it_goes_on_and_leaves_nothing(where, calm, light, tmp_path, monkeypatch):
+    "With moments and no scores; with scores and no record; with a record and all weights; with some of the weights gone."
+    from vugen.experiment import runner
+    here = Run(tmp_path / "run", light)
+    job, rmtree = here.job("contrastive", 0), shutil.rmtree
+    def dying(path, *rest, **more):
+        if where == "shutil.rmtree":
+            rmtree(path, *rest, **more)
+            if not here.done("contrastive", 0): return
+        raise Killed
+    tidy = runner._tidy
+    monkeypatch.setattr(f"vugen.experiment.runner.{where}", dying if where != "_tidy" else lambda here, seed: dying(None) if here.done("contrastive", seed) else tidy(here, seed))
+    with pytest.raises(Killed): run_plan(here, show=False)
+    monkeypatch.undo()
+    assert list(job.glob("*weights*")) and here.done("contrastive", 0) == (where in ("_tidy", "shutil.rmtree"))
+    assert not run_plan(here, show=False)["left"] and not remains(here)
+    for arm in light["arms"]: assert scores_of(here, arm) == scores_of(calm, arm)  # the later arm begins with what was left of the earlier
+
+
+KILLED = """
+import os, signal, sys
+from vugen.experiment import runner
+tidy = runner._tidy
+runner._tidy = lambda here, seed: os.kill(os.getpid(), signal.SIGKILL) if here.done("contrastive", seed) else tidy(here, seed)
+runner.run_plan(runner.Run(sys.argv[2], runner.read_plan(sys.argv[1])), show=False)
+"""
+
+
+def test_what_a_job_killed_last_of_all_leaves_is_cleared_too(calm, light, tmp_path):
+    "Its record is there, so that nothing is left to do but to clear up."
+    alone = {**light, "arms": {"contrastive": light["arms"]["contrastive"]}}
+    plan_file, out = write_plan(alone, tmp_path / "plan.json"), tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(plan_file), str(out)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    here = Run(out)
+    assert killed.returncode == -signal.SIGKILL and here.done("contrastive", 0) and remains(here), killed.stderr
+    run_plan(here, show=False)
+    assert not remains(here) and scores_of(here, "contrastive") == scores_of(calm, "contrastive")
+
+
 def test_two_processes_share_a_run(undisturbed, plan, tmp_path):
     plan_file, out = write_plan(plan, tmp_path / "plan.json"), tmp_path / "run"
     found = [process.wait() for process in [start(plan_file, out), start(plan_file, out)]]
@@ -91,6 +149,73 @@ def test_what_is_collected_is_reported(undisturbed, tmp_path, capsys):
     with pytest.raises(SystemExit) as left: main(["experiment", "report", str(tmp_path / "data"), "--out", str(tmp_path / "report"), "--json", str(tmp_path / "rows.json")])
     assert left.value.code == 0
     assert (tmp_path / "report/report.html").stat().st_size > 10_000 and json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def collected(calm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collected")
+    collect(calm, folder)
+    return folder
+
+
+def test_collected_results_are_taken_over(calm, light, collected, tmp_path):
+    here = Run(tmp_path / "run", light)
+    assert set(restore(here, collected)) == {(name, 0) for name in light["arms"]} and restore(here, collected) == []
+    for name in light["arms"]:
+        assert here.done(name, 0) and scores_of(here, name) == scores_of(calm, name)
+        assert json.loads((here.job(name, 0) / "record.json").read_text()) == json.loads((calm.job(name, 0) / "record.json").read_text())
+    collect(here, tmp_path / "again")
+    assert read_scores(tmp_path / "again/scores.parquet") == read_scores(collected / "scores.parquet")
+
+
+def test_what_is_collected_of_some_arms_leaves_the_others_to_do(calm, light, tmp_path):
+    "A later arm begins with one whose weights are long gone: its first half is trained again, to the same scores."
+    some = Run(tmp_path / "some", light)
+    run_plan(some, arms=["contrastive"], show=False)
+    collect(some, tmp_path / "data")
+    here = Run(tmp_path / "run", light)
+    assert set(restore(here, tmp_path / "data")) == {("contrastive", 0)}
+    before = (here.job("contrastive", 0) / "record.json").read_bytes()
+    found = run_plan(here, show=False)
+    assert not found["left"]
+    assert (here.job("contrastive", 0) / "record.json").read_bytes() == before
+    assert scores_of(here, "llava-frozen") == scores_of(calm, "llava-frozen")
+    assert not list(here.folder.glob("*/*/*weights*"))
+
+
+def test_some_seeds_of_a_plan_are_taken_over(light, tmp_path):
+    both = {**light, "arms": {"contrastive": light["arms"]["contrastive"]}, "comparisons": [], "seeds": [0, 1]}
+    some = Run(tmp_path / "some", both)
+    run_plan(some, seeds=[1], show=False)
+    collect(some, tmp_path / "data")
+    here = Run(tmp_path / "run", both)
+    assert restore(here, tmp_path / "data") == [("contrastive", 1)]
+    assert [job for job in here.jobs() if not here.done(*job)] == [("contrastive", 0)]
+    assert {row["seed"] for row in scores_of(here, "contrastive", 1)} == {1}
+
+
+def test_results_of_another_plan_and_torn_ones_are_not_taken_over(light, collected, tmp_path):
+    other = Run(tmp_path / "other", {**light, "seeds": [0, 1]})
+    with pytest.raises(UserError, match="never mixed"): restore(other, collected)
+    assert not any(other.done(*job) for job in other.jobs())
+    here = Run(tmp_path / "run", light)
+    with pytest.raises(UserError, match="records.json"): restore(here, tmp_path)
+    for name, text in (("records.json", "{"), ("records.json", '[{"arm": "contrastive"}]'), ("scores.parquet", "torn"), ("scores.parquet", None), ("plan.json", None)):
+        folder = shutil.copytree(collected, tmp_path / "torn", dirs_exist_ok=True)
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+        with pytest.raises(UserError) as error: restore(here, folder)
+        assert str(folder) in str(error.value) and not any(here.done(*job) for job in here.jobs()), (name, text)
+
+
+def test_the_command_goes_on_from_collected_results(calm, light, collected, tmp_path, capsys):
+    plan_file, out = write_plan(light, tmp_path / "plan.json"), tmp_path / "run"
+    with pytest.raises(SystemExit) as left: main(["experiment", "run", str(plan_file), "--out", str(out), "--collected", str(collected), "--device", "cpu"])
+    assert left.value.code in (0, None) and "2 of 2 jobs are done" in capsys.readouterr().out
+    assert scores_of(Run(out), "contrastive") == scores_of(calm, "contrastive")
+    other = write_plan({**light, "seeds": [0, 1]}, tmp_path / "other.json")
+    with pytest.raises(SystemExit) as left: main(["experiment", "run", str(other), "--out", str(tmp_path / "second"), "--collected", str(collected), "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "never mixed" in said and "Traceback" not in said
 
 
 def test_the_data_of_an_arm_follow_those_of_the_earlier_one(plan):

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -113,38 +115,78 @@ def plan_digest(
     said = {key: value for key, value in plan.items() if key not in ("pilot", "question", "name")}
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
-_ARM_KEYS = ("settings", "earlier", "before", "steps", "equal_flops", "gflops_per_step", "gflops_before")
-_KINDS = {"world": dict, "sizes": dict, "recipe": dict, "arms": dict, "seeds": list, "steps": int, "gflops": (int, float), "curve": list, "items": dict, "readouts": dict, "primary": dict, "comparisons": list, "vae": str}
+# %% ../../nbs/experiment/plans.ipynb #476c1002
+_ARM = {"settings": {}, "earlier": None, "before": 0, "steps": 1, "equal_flops": 1, "gflops_per_step": [1.0], "gflops_before": 0.0, "samples_per_step": 1}
+_PRIMARY = {**PRIMARY, "items": 1, "seeds": 1}
+_ITEMS = {"suites": ["seen"], "per_kind": 1, "other_per_kind": 1, "curve_per_kind": 1, "seed": 1}
+_WHOLE = {"name": "", "preset": "", "question": "", "world": {}, "sizes": {}, "recipe": {}, "arms": {}, "seeds": [0], "steps": 1, "gflops": 1.0, "curve": [1], "items": {}, "readouts": {}, "primary": {}, "comparisons": [["", ""]], "vae": ""}
 
-def _check_shapes(plan, source):
-    for key, kind in _KINDS.items():
-        if not isinstance(plan[key], kind) or isinstance(plan[key], bool): raise UserError(f"{source} says {key}: {json.dumps(plan[key], default=str)[:60]}, which is no {getattr(kind, '__name__', 'number')}: write it anew with `vugen experiment plan`.")
-    allowed = {"sizes": {field.name for field in dataclasses.fields(Sizes)}, "recipe": {"batch_size", "learning_rate", "weight_decay", "warmup_steps", "ema_decay"}, "items": {"suites", "per_kind", "other_per_kind", "curve_per_kind", "seed"}, "readouts": {"pictures"}}
-    for key, known in allowed.items():
-        if wrong := sorted({*plan[key]} - known): raise UserError(f"{source} has the unknown key {wrong[0]!r} in {key!r}: take it out, or choose one of {', '.join(sorted(known))}.")
-        if bad := [name for name, value in plan[key].items() if name != "suites" and not isinstance(value, (int, float))]: raise UserError(f"{source} says {key}.{bad[0]}: {json.dumps(plan[key][bad[0]], default=str)[:60]}, which is no number: write a number there.")
-    for key in ("seeds", "curve"):
-        if bad := [value for value in plan[key] if not isinstance(value, int) or isinstance(value, bool)]: raise UserError(f"{source} has {json.dumps(bad[0], default=str)[:60]} among its {key}: whole numbers belong there.")
+def _said(value): return json.dumps(value, default=str)[:60]
 
-_KEYS = ("name", "preset", "question", "world", "sizes", "recipe", "arms", "seeds", "steps", "gflops", "curve", "items", "readouts", "primary", "comparisons", "vae")
+def _kind(example): # what must stand in the place of an example
+    if isinstance(example, list): return "list of " + ("pairs of arms" if isinstance(example[0], list) else "words" if isinstance(example[0], str) else "whole numbers" if isinstance(example[0], int) else "numbers") if example else "list"
+    return {bool: "true or false", dict: "table", str: "text", int: "whole number", float: "number"}.get(type(example), "text or null")
+
+def _like(value, example): # whether it is of the example's kind; lists may be longer or shorter, and infinity is no number
+    if isinstance(example, (bool, dict, str)): return isinstance(value, type(example))
+    if isinstance(example, (list, tuple)): return isinstance(value, (list, tuple)) and all(_like(each, example[0]) for each in value if example)
+    if example is None: return value is None or isinstance(value, str)
+    return isinstance(value, int if isinstance(example, int) else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+# %% ../../nbs/experiment/plans.ipynb #476c1004
+def _check_table(found, examples, source, where, needed=()):
+    "Refuse an unknown key, a missing one, and what is of another kind than the example"
+    if wrong := sorted(map(str, {*found} - {*examples})): raise UserError(f"{source} has the unknown key {wrong[0]!r} in {where}: take it out, or choose one of {', '.join(sorted(examples))}.")
+    if missing := [key for key in needed if key not in found]: raise UserError(f"{source} has no {missing[0]!r} in {where}: write it anew with `vugen experiment plan`.")
+    if bad := [key for key, value in found.items() if not _like(value, examples[key])]: raise UserError(f"{source} says {bad[0]}: {_said(found[bad[0]])} in {where}, which is no {_kind(examples[bad[0]])}: write one there.")
+
+def _check_sizes(sizes, source):
+    found = Sizes(**sizes)
+    if bad := [key for key, value in dataclasses.asdict(found).items() if value < 1]: raise UserError(f"{source} says {bad[0]}: {sizes[bad[0]]} in 'sizes': give a number above 0.")
+    if found.image_size % found.patch_size: raise UserError(f"{source} says image_size: {found.image_size} in 'sizes', which patches of {found.patch_size} pixels do not divide: give a multiple.")
+    if found.hidden_size % 8 or found.hidden_size % (2 * found.num_heads): raise UserError(f"{source} says hidden_size: {found.hidden_size} in 'sizes': give a multiple of 8 and of twice the {found.num_heads} heads.")
+
+def _check_arm(name, arm, source):
+    known = {key: each.default for key, each in inspect.signature(arm_kind(name)[0]).parameters.items() if key not in ("words", "sizes")}
+    if not isinstance(arm, dict): raise UserError(f"{source} says {name}: {_said(arm)} in 'arms', which is no table: write it anew with `vugen experiment plan`.")
+    _check_table(arm, _ARM, source, f"the arm {name!r}", [key for key in _ARM if key != "samples_per_step"])
+    _check_table(arm["settings"], known, source, f"the settings of {name!r}")
+    if min(arm["steps"], arm["equal_flops"]) < 1 or arm["before"] < 0: raise UserError(f"{source} lets {name!r} take {arm['steps']} steps after {arm['before']}: write it anew with `vugen experiment plan`.")
+    if len(arm["gflops_per_step"]) != 2 or min(arm["gflops_per_step"]) <= 0: raise UserError(f"{source} says gflops_per_step: {_said(arm['gflops_per_step'])} of {name!r}, which is no pair of costs: write it anew with `vugen experiment plan`.")
+
+def _check_tables(plan, source):
+    _check_table(plan, {**_WHOLE, "vae_fingerprint": "", "pilot": []}, source, "the plan")
+    _check_table(plan["world"], World().asdict(), source, "'world'")
+    try: World.from_dict(plan["world"])
+    except UserError: raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error: raise UserError(f"{source} describes a world that cannot be ({' '.join(str(error).split())}): write its dials as `vugen experiment plan` does.") from error
+    for key, examples, needed in (("sizes", dataclasses.asdict(Sizes()), ()), ("recipe", TINY["recipe"], ("batch_size",)), ("items", _ITEMS, ("suites", "per_kind", "curve_per_kind", "seed")), ("readouts", TINY["readouts"], ("pictures",)), ("primary", _PRIMARY, _PRIMARY)):
+        _check_table(plan[key], examples, source, repr(key), needed)
+    _check_sizes(plan["sizes"], source)
+    for name, arm in plan["arms"].items(): _check_arm(name, arm, source)
+
+# %% ../../nbs/experiment/plans.ipynb #476c1006
+def _check_names(plan, source): # what one entry says of another
+    for name, arm in plan["arms"].items():
+        if arm["earlier"] in ARMS and arm["earlier"] not in plan["arms"]: raise UserError(f"{source} has {name!r}, which begins with {arm['earlier']!r}: add that arm too.")
+    if plan["steps"] < 2 or plan["steps"] not in plan["curve"]: raise UserError(f"{source} compares after {plan['steps']} steps, which its curve {plan['curve']} does not hold: add it there.")
+    if min(plan["curve"]) < 1: raise UserError(f"{source} has {min(plan['curve'])} in its curve: steps are counted from 1.")
+    if not plan["seeds"] or len(set(plan["seeds"])) != len(plan["seeds"]): raise UserError(f"{source} has the seeds {plan['seeds']}: give different ones, at least one.")
+    if unknown := [suite for suite in plan["items"]["suites"] if suite not in SUITES]: raise UserError(f"{source} has the suite {unknown[0]!r} in 'items': choose among {', '.join(SUITES)}.")
+    primary = plan["primary"]
+    if not {primary["arm"], primary["against"]} <= set(plan["arms"]) and len(plan["arms"]) > 2: raise UserError(f"{source} compares {primary['arm']!r} with {primary['against']!r}: both must be among its arms.")
+    if unknown := [name for pair in plan["comparisons"] for name in pair if name not in plan["arms"]]: raise UserError(f"{source} compares {unknown[0]!r} in 'comparisons', which is none of its arms: take it out, or add the arm.")
+    if odd := [pair for pair in plan["comparisons"] if len(pair) != 2]: raise UserError(f"{source} has {_said(odd[0])} in 'comparisons': give pairs of arms.")
 
 def check_plan(
     plan: dict,
     source: str = "The plan", # for the message
 ) -> dict: # the plan
     "Refuse what cannot be run, with the first thing that is wrong"
-    for key in _KEYS:
+    for key in _WHOLE:
         if key not in plan: raise UserError(f"{source} has no {key!r}: write it anew with `vugen experiment plan`.")
-    _check_shapes(plan, source)
-    World.from_dict(plan["world"])
-    for name, arm in plan["arms"].items():
-        arm_kind(name)
-        if missing := sorted({*_ARM_KEYS} - {*arm}): raise UserError(f"{source} has no {missing[0]!r} for the arm {name!r}: write it anew with `vugen experiment plan`.")
-        if arm["earlier"] in ARMS and arm["earlier"] not in plan["arms"]: raise UserError(f"{source} has {name!r}, which begins with {arm['earlier']!r}: add that arm too.")
-    if plan["steps"] < 2 or plan["steps"] not in plan["curve"]: raise UserError(f"{source} compares after {plan['steps']} steps, which its curve {plan['curve']} does not hold: add it there.")
-    if not plan["seeds"] or len(set(plan["seeds"])) != len(plan["seeds"]): raise UserError(f"{source} has the seeds {plan['seeds']}: give different ones, at least one.")
-    primary = plan["primary"]
-    if not {primary["arm"], primary["against"]} <= set(plan["arms"]) and len(plan["arms"]) > 2: raise UserError(f"{source} compares {primary['arm']!r} with {primary['against']!r}: both must be among its arms.")
+    _check_tables(plan, source)
+    _check_names(plan, source)
     return plan
 
 def write_plan(

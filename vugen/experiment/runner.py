@@ -301,6 +301,7 @@ def run_plan(
     start, signal, worked = time.monotonic(), 0, True
     jobs = here.jobs(arms, seeds)
     def left(): return [job for job in jobs if not here.done(*job)]
+    for seed in {seed for _, seed in jobs}: _tidy(here, seed) # of a process that was killed between the record and this
     while left() and worked and not signal:
         worked = False
         for name, seed in left():
@@ -349,14 +350,22 @@ def restore(
     if not (folder / "records.json").is_file(): raise UserError(f"{folder} holds no records.json: name a folder that `vugen experiment collect` wrote.")
     own, there = plan_digest(here.plan), plan_digest(read_plan(folder / "plan.json"))
     if own != there: raise UserError(f"{folder} holds results of another plan ({there}, not {own}): results of two plans are never mixed.")
-    found = {(record["arm"], record["seed"]): record for record in json.loads((folder / "records.json").read_text())}
+    found = _records(folder / "records.json")
     return [job for job in here.jobs() if job in found and _take_over(here, job, found[job], folder / "scores.parquet")]
 
-def _take_over(here, job, record, path): # → whether it was not there
+def _records(path): # of `collect` → {(arm, seed): record}
+    try: return {(record["arm"], record["seed"]): record for record in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error: raise UserError(f"{path} cannot be read as the records of jobs ({type(error).__name__}): collect the results again.") from error
+
+def _rows_of(job, path): # of one arm and seed
     from pyarrow import parquet
+    try: return parquet.read_table(path, filters=[("arm", "=", job[0]), ("seed", "=", job[1])]).to_pylist()
+    except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): collect the results again.") from error
+
+def _take_over(here, job, record, path): # → whether it was not there
     with claimed(here.job(*job)) as mine:
         if not mine or here.done(*job): return False
-        rows = parquet.read_table(path, filters=[("arm", "=", job[0]), ("seed", "=", job[1])]).to_pylist()
+        rows = _rows_of(job, path)
         if not rows: raise UserError(f"{path} holds no scores of {job[0]!r} with the seed {job[1]}, of which records.json tells: collect the results again.")
         write_scores(rows, here.job(*job) / "scores.parquet")
         with atomic_path(here.job(*job) / "record.json") as temporary: temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
