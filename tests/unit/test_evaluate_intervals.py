@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vugen.errors import UserError
+from vugen.evaluate import intervals
 from vugen.evaluate.intervals import bootstrap_mean, wilson
 
 
