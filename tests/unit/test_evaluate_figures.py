@@ -221,3 +221,8 @@ def test_the_foot_of_figure_6_lies_below_its_axes():
     figure.savefig(io.BytesIO())  # lays it out
     top = figure._supxlabel.get_window_extent().y1
     assert all(axis.xaxis.label.get_window_extent().y0 >= top for axis in figure.axes if axis.lines)
+
+
+def test_figure_5_claims_brackets_and_has_them():
+    figure = draw_stored(read_stored(stored_figures() / "fig5"))
+    assert "brackets: 95% intervals" in figure._supxlabel.get_text().replace("\n", " ") and sum("[" in text.get_text() for axis in figure.axes for text in axis.texts) == 6

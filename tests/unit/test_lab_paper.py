@@ -181,14 +181,14 @@ def test_the_verb_can_be_called_from_a_notebook(fake, monkeypatch, tmp_path, cap
 def test_table_1_stands_in_the_papers_order_with_density_and_coverage():
     rows = [summary(variant, "", None, metric, 0.5) for variant in ("VUGEN", "Decoupled", "REPA") for metric in ("all", "density-x", "coverage-x")]
     found = table1_rows(rows, {"ablation": "checkpoints"}, "tiny")
-    assert list(dict.fromkeys(row["method"] for row in found)) == [f"{name}, finished checkpoint" for name in ("Decoupled", "REPA", "VUGEN")] and {row["metric"] for row in found} == {"prompts drawn right ↑", "density-x ↑", "coverage-x ↑"}
+    assert list(dict.fromkeys(row["method"] for row in found)) == [f"{name}, finished checkpoint (25 sampler steps)" for name in ("Decoupled", "REPA", "VUGEN")] and {row["metric"] for row in found} == {"prompts drawn right ↑", "density-x ↑", "coverage-x ↑"}
     assert not paper.lacks_balls(found, "tiny") and "REPA" in next(iter(paper.lacks_balls(found[:3] + [row for row in found[3:] if "coverage" not in row["metric"]], "tiny")))
 
 
 def test_table_1_holds_density_and_coverage_of_ours_and_names_what_has_none(call, tmp_path):
     assert call("figure", "table1", "--out", tmp_path / "figures")[0] == 0
     stored = read_stored(tmp_path / "figures/table1")
-    own = {row["metric"]: row for row in stored.rows if row["method"] == "VUGEN, finished checkpoint"}
+    own = {row["metric"]: row for row in stored.rows if row["method"] == "VUGEN, finished checkpoint (25 sampler steps)"}
     assert all(own[f"{name}-efficientnet-lite0/16 ↑"]["low"] < own[f"{name}-efficientnet-lite0/16 ↑"]["value"] for name in ("density", "coverage")) and own["Fréchet-efficientnet-lite0/16 ↓"]["low"] is not None
     assert any("density, coverage" in what for what in stored.notes)
 

@@ -307,7 +307,7 @@ def footer_of(rows: list[dict], run: dict) -> str:  # those that are drawn
 
 def _told_of_bars(rows, seeds):
     if not any(row.get("low") is not None for row in rows): return ""
-    return ("brackets" if rows[0].get("by") else "bars") + ": 95% intervals" + (" over seeds" if len(seeds) > 1 else " over items, of one training" if seeds else "")
+    return ("brackets" if rows[0].get("by") or rows[0].get("x", "") is None else "bars") + ": 95% intervals" + (" over seeds" if len(seeds) > 1 else " over items, of one training" if seeds else "")
 
 def _told_of_distances(distances):
     if not distances: return ""
@@ -322,10 +322,12 @@ def draw_pictures(stored: Stored):
     if not stored.cells: raise UserError("There is no picture to draw.")
     return picture_grid(stored.cells, stored.pictures, 0.8 if len(stored.cells) > 30 else 0.95, width=16, side=14)
 
+def _spread(row): return f"{row['value']:.1f}" + (f" [{row['low']:.1f}, {row['high']:.1f}]" if row.get("low") is not None else "")
+
 def draw_diversity(stored: Stored):
     "Figure 5: samples of one prompt in a row, and how far they are from each other."
     spread = {row["group"]: row for row in stored.rows}
-    def told(cell): return cell["row"] + (f" (spread {spread[cell['row']]['value']:.1f})" if cell["row"] in spread else "")
+    def told(cell): return cell["row"] + (f" (spread {_spread(spread[cell['row']])})" if cell["row"] in spread else "")
     return picture_grid([{**cell, "row": told(cell)} for cell in stored.cells], stored.pictures, 0.8, side=26)
 
 _OWN = "unexplained velocity ↓\n(each in its own latents)"

@@ -214,7 +214,12 @@ def table1_rows(rows, run, model):
     "Table 1: the three models after equal steps, or as a root holds them, in the paper's order."
     wanted, order, own = [row for row in rows if row["category"] == "two objects" and (row["metric"] in _OURS or row["metric"].startswith(tuple(_ARROWS)))], ["Decoupled", "REPA", "VUGEN"], run.get("ablation") == "checkpoints"
     wanted.sort(key=lambda row: order.index(row["variant"]))
-    return [ours(row, f"{row['variant']}, finished checkpoint" if own else row["variant"], f"{model}; {steps_of(run, row['variant'])}".rstrip("; "), f"vugen ablate {run.get('ablation', 'target')}") for row in wanted]
+    return [ours(row, f"{row['variant']}, finished checkpoint ({_sampled()})" if own else row["variant"], f"{model}; {steps_of(run, row['variant'])}".rstrip("; "), f"vugen ablate {run.get('ablation', 'target')}") for row in wanted]
+
+def _sampled():
+    "How the checkpoints were sampled, in words."
+    from vugen.train.ablations import find_ablation
+    return f"{find_ablation('checkpoints').variants[0].measures[0].options['num_inference_steps']} sampler steps"
 
 def finished_rows(maker, model):
     "Table 1, below: the generators of a root as they stand; and what is missing."
