@@ -17,7 +17,7 @@ from .terminal import Counter, check_number, check_target, pick_device, pictures
 
 # %% auto #0
 __all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows', 'open_reference',
-           'set_rows', 'what_can_be', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
+           'what_can_be', 'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
 SUITES = {  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
@@ -140,6 +140,17 @@ def open_reference(verb, extractor, metrics, progress):  # Evaluate
     if verb.save_statistics: (found if verb.keep_features else ReferenceStatistics.of(read, False, place.name)).save(verb.save_statistics)
     return found, {f"reference, {what}": why for what, why in read.note().items()}
 
+# %% ../../nbs/lab/evaluate.ipynb #ee1307c3
+def what_can_be(work):  # {what: function that answers with rows and notes}
+    "Rows and notes of all that can be measured; the first `UserError` where nothing can."
+    rows, notes, problems = [], {}, {}
+    for what, measure in work.items():
+        try: more, why = measure()
+        except UserError as error: problems[what] = error; continue
+        rows, notes = rows + more, notes | why
+    if problems and not rows: raise next(iter(problems.values()))
+    return rows, notes | {what: f"It is not measured: {error}" for what, error in problems.items()}
+
 # %% ../../nbs/lab/evaluate.ipynb #f1d1a003
 def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictures, or None to save the reference alone
     "Rows of one extractor, and notes."
@@ -153,17 +164,6 @@ def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictur
     if "rfid" in metrics: work["rfid"] = lambda: score_rows(*matched(found, reference), extractor, ["rfid"], options, progress)
     rows, why = what_can_be(work)
     return [{"images": folder.name, **row} for row in rows], notes | why | found.note()
-
-
-def what_can_be(work):  # {what: function that answers with rows and notes}
-    "Rows and notes of all that can be measured; the first `UserError` where nothing can."
-    rows, notes, problems = [], {}, {}
-    for what, measure in work.items():
-        try: more, why = measure()
-        except UserError as error: problems[what] = error; continue
-        rows, notes = rows + more, notes | why
-    if problems and not rows: raise next(iter(problems.values()))
-    return rows, notes | {what: f"It is not measured: {error}" for what, error in problems.items()}
 
 
 def matched(found, reference):  # FeatureSet, ReferenceStatistics
