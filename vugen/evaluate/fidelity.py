@@ -112,7 +112,7 @@ def frechet_estimate(
         if progress: progress(group + 1, groups)
     error = ((groups - 1) / groups * np.square(rest - np.mean(rest)).sum()) ** 0.5
     half = student_quantile(0.95, groups - 1) * error
-    return Estimate(value, max(0.0, value - half), value + half, len(features))
+    return Estimate(value, float(max(0.0, value - half)), float(value + half), len(features))
 
 
 def infinite_estimate(
