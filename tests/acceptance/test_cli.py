@@ -73,7 +73,7 @@ def test_reconstruct_shows_and_measures(smoke, picture, tmp_path, capsys):
     assert call("reconstruct", picture, "--steps", 2, "--out", tmp_path / "out", "--root", smoke) == 0
     rows = json.loads((tmp_path / "out/reconstruct.json").read_text())["rows"]
     assert [row["images"] for row in rows] == ["learned"] and rows[0]["metric"] == "PSNR" and rows[0]["value"] > 3
-    assert "pca" in (printed := capsys.readouterr().out).split("Left out:")[1] and "`vugen train decoder-pca`" in printed
+    assert "pca" in (printed := capsys.readouterr().out).split("Notes:")[1] and "`vugen train decoder-pca`" in printed
     panel = load_image(tmp_path / "out" / rows[0]["file"])
     assert panel.width > 2 * 256 - 1
 
@@ -82,7 +82,7 @@ def test_reconstruct_without_the_learned_pair_says_so(smoke, picture, tmp_path, 
     for part in ("contrastive", "decoder"): shutil.copytree(smoke / part, tmp_path / "root" / {"decoder": "decoder-pca"}.get(part, part))
     assert call("reconstruct", picture, picture, "--steps", 1, "--out", tmp_path / "out", "--root", tmp_path / "root") == 0
     printed = capsys.readouterr()
-    assert "learned" in printed.out.split("Left out:")[1] and "`vugen train decoder`" in printed.out and "reconstruct: 2/2" in printed.err
+    assert "learned" in printed.out.split("Notes:")[1] and "`vugen train decoder`" in printed.out and "reconstruct: 2/2" in printed.err
     found = json.loads((tmp_path / "out/reconstruct.json").read_text())
     assert [row["images"] for row in found["rows"]] == ["pca"] * 2 and list(found["run"]["notes"]) == ["learned"]
 

@@ -56,3 +56,19 @@ def test_a_score_needs_a_name_and_takes_pooled_vectors():
     assert extract_features(Encoder(), images, batch_size=3) == pytest.approx(images.mean((2, 3)).numpy(), rel=1e-6)
     assert frechet_row(Encoder(), images, images)["metric"] == "Fréchet-tiny"
     with pytest.raises(UserError, match="name"): frechet_row(lambda part: part.mean((2, 3)), images, images)
+
+
+def test_a_set_of_pictures_has_an_interval_density_and_coverage():
+    import contextlib, io
+    from prdc import compute_prdc
+    from vugen.evaluate.fidelity import picture_set_rows
+    def mean(part): return torch.nn.functional.adaptive_avg_pool2d(part, 2).flatten(1)
+    mean.name = "means"
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = torch.rand(40, 3, 8, 8, generator=random) * 0.9, torch.rand(50, 3, 8, 8, generator=random)
+    found = {row["metric"]: row for row in picture_set_rows(mean, ours, theirs, 3)}
+    with contextlib.redirect_stdout(io.StringIO()): prdc = compute_prdc(mean(theirs).double().numpy(), mean(ours).double().numpy(), 3)
+    assert [found[f"{name}-means"]["value"] for name in ("density", "coverage")] == pytest.approx([prdc["density"], prdc["coverage"]])
+    distance = found["Fréchet-means"]
+    assert distance["value"] == pytest.approx(frechet_distance(mean(ours).numpy(), mean(theirs).numpy())) and distance["low"] < distance["value"] < distance["high"] and (distance["dimension"], distance["n_reference"]) == (12, 50)
+    assert frechet_row(mean, ours, theirs) == {**frechet_row(mean, ours, theirs), **{key: distance[key] for key in ("value", "low", "high")}}

@@ -1,4 +1,5 @@
 """What a figure shows is what its rows and pictures say; the Pareto front is that of brute force."""
+import io
 import json
 
 import numpy as np
@@ -195,3 +196,33 @@ def test_stored_figures_can_be_drawn_without_a_model(name):
 
 def test_stored_figures_are_small():
     assert sum(path.stat().st_size for path in stored_figures().rglob("*") if path.is_file()) < 2_000_000
+
+
+# ---- what a foot says is true of what is drawn -------------------------------------------------------------------------------
+
+def test_no_bars_are_claimed_where_none_are_drawn():
+    rows = rows_of((FRECHET,), ("joint", "PCA"), (1, 2), "scenes") + rows_of((FRECHET, "all"), ("joint", "PCA"), (1, 2))  # "all" has intervals and is not in figure 6
+    def foot(name, rows, **more): return draw_stored(Stored(name, rows, run={"seeds": [0]}, **more))._supxlabel.get_text().replace("\n", " ")
+    assert "bars" not in foot("fig6", rows) and "without an interval" in foot("fig6", rows) and "equal n" in foot("fig6", rows)
+    assert "bars: 95% intervals over items, of one training" in foot("fig3", rows)
+    known = [{**each, "low": each["value"] - 0.1, "high": each["value"] + 0.1} for each in rows]
+    assert "bars" in foot("fig6", known) and "without an interval" not in foot("fig6", known)
+    assert "missing here: LDM, PCA" in foot("fig6", rows, notes={"LDM, PCA": "train it"})
+
+
+def test_headings_of_tables_keep_words_whole():
+    figure = draw_stored(read_stored(stored_figures() / "table1"))
+    heads = " ".join(cell.get_text().get_text() for (row, _), cell in figure.axes[0].tables[0].get_celld().items() if row == 0).split()
+    assert "efficientnet-" in heads and not any(head.endswith("effi") for head in heads)
+
+
+def test_the_foot_of_figure_6_lies_below_its_axes():
+    figure = draw_stored(read_stored(stored_figures() / "fig6"))
+    figure.savefig(io.BytesIO())  # lays it out
+    top = figure._supxlabel.get_window_extent().y1
+    assert all(axis.xaxis.label.get_window_extent().y0 >= top for axis in figure.axes if axis.lines)
+
+
+def test_figure_5_claims_brackets_and_has_them():
+    figure = draw_stored(read_stored(stored_figures() / "fig5"))
+    assert "brackets: 95% intervals" in figure._supxlabel.get_text().replace("\n", " ") and sum("[" in text.get_text() for axis in figure.axes for text in axis.texts) == 6

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vugen.errors import UserError
+from vugen.evaluate import intervals
 from vugen.evaluate.intervals import bootstrap_mean, wilson
 
 
@@ -47,3 +48,18 @@ def test_bootstrap_is_a_pure_function_of_its_seed():
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
 def test_values_without_a_mean_are_refused(values):
     with pytest.raises(UserError): bootstrap_mean(values)
+
+
+def test_a_mean_over_pairs_holds_the_known_mean_difference_of_a_normal_distribution():
+    from scipy.stats import bootstrap  # what was done before: items' means as if they were independent
+    random, truth, held = np.random.default_rng(3), 2 / np.pi**0.5, [0, 0]
+    for _ in range(300):
+        points = random.normal(size=10)
+        table = np.abs(points[:, None] - points)
+        found = intervals.pairwise_mean(table)
+        naive = bootstrap((table.sum(1) / 9,), np.mean, n_resamples=200, method="percentile", random_state=random).confidence_interval
+        held[0] += found.low <= truth <= found.high; held[1] += naive.low <= truth <= naive.high
+    assert held[0] > 265 and held[1] < 225
+    assert found.value == pytest.approx(table[np.triu_indices(10, 1)].mean())
+    for wrong in (table[:2, :2], table[:3], np.full((4, 4), np.nan)):
+        with pytest.raises(UserError): intervals.pairwise_mean(wrong)

@@ -185,3 +185,19 @@ def test_rows_say_all_that_a_number_depends_on():
     short = FeatureSet(found.values[:20], found.names[:20], "toy", toy.fingerprint, "none")
     assert "singular" in score_rows(short, ReferenceStatistics.of(other), toy, ("fid",))[1]["Fréchet-toy"]
     assert polynomial_kernel(np.ones((1, 4)), np.ones((1, 4)))[0, 0] == 8
+
+
+def test_shares_of_all_or_none_have_a_width():
+    from scipy.stats import binomtest
+    features, reference = sets(40, 50)
+    same, far = manifold_scores(reference, reference), manifold_scores(features + 1000, reference)
+    for found, count, n in ((same["precision"], 50, 50), (same["coverage"], 50, 50), (far["precision"], 0, 40), (far["coverage"], 0, 50), (far["recall"], 0, 50)):
+        assert found.value == count / n and (found.low, found.high) == pytest.approx(tuple(binomtest(count, n).proportion_ci(method="wilson")), abs=1e-9) and found.high > found.low
+
+
+def test_subsets_that_are_nearly_the_whole_are_told():
+    features, reference = sets(40, 50)
+    toy, told = Extractor("toy", 1, "none", None, None, ""), {}
+    found, real = (FeatureSet(values, [str(place) for place in range(len(values))], "toy", toy.fingerprint, "none") for values in (features, reference))
+    for size in (20, 21): told[size] = score_rows(found, ReferenceStatistics.of(real), toy, ["kid"], ScoreOptions(subsets=3, subset_size=size))[1]
+    assert not told[20] and "overlap" in told[21]["kernel-toy, mean over subsets"]

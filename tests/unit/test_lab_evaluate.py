@@ -93,3 +93,32 @@ def test_what_cannot_be_measured_is_one_sentence(folders, words, told, capsys):
     assert call("evaluate", *words) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vugen evaluate: ") and told in error and "Traceback" not in error
+
+
+def test_what_few_pictures_allow_is_measured_and_the_rest_is_told(folders, capsys):
+    (folders / "few").mkdir()
+    for place in range(4): Image.open(folders / "drawn" / f"{place}.png").save(folders / "few" / f"{place + 28}.png")
+    words = ("evaluate", "--images", folders / "few", "--reference", folders / "real", "--extractor", "efficientnet:32", "--subsets", 3, "--json", folders / "rows.json")
+    assert call(*words) == 0
+    found, told = {row["metric"].split("-")[0] for row in rows_of(folders / "rows.json")}, capsys.readouterr().out
+    assert found == {"Fréchet", "kernel"} and "density-EfficientNet-Lite0: It is not measured: k is 5 and there are 4 pictures" in told
+    assert call(*words, "--metrics", "psnr", "rfid", "density") == 0
+    assert {row["metric"] for row in rows_of(folders / "rows.json")} >= {"PSNR", "reconstruction Fréchet-EfficientNet-Lite0"} and "2 of 4 pictures: real holds no original" in capsys.readouterr().out
+
+
+def test_a_statistics_file_without_features_still_serves_for_fid(folders, capsys):
+    assert call("evaluate", "--reference", folders / "real", "--extractor", "efficientnet:32", "--save-statistics", folders / "s.safetensors") == 0
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "s.safetensors", "--extractor", "efficientnet:32", "--metrics", "kid", "fid", "psnr", "rfid", "--json", folders / "rows.json") == 0
+    told = capsys.readouterr().out
+    assert {row["metric"] for row in rows_of(folders / "rows.json")} == {"Fréchet-EfficientNet-Lite0", "Fréchet-EfficientNet-Lite0∞"} and "--keep-features" in told and "is no folder: PSNR" in told
+
+
+def test_every_extractor_is_loaded_before_the_first_is_used(folders, capsys):
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "fid", "--extractor", "efficientnet:32", "encoder:nowhere") == 2
+    assert "reference, " not in capsys.readouterr().err
+
+
+def test_two_extractors_and_a_reference_of_one(folders, capsys):
+    assert call("evaluate", "--reference", folders / "real", "--extractor", "efficientnet:32", "--save-statistics", folders / "s.safetensors") == 0
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "s.safetensors", "--extractor", "efficientnet:64", "efficientnet:32", "--metrics", "fid", "--json", folders / "rows.json") == 0
+    assert len({row["fingerprint"] for row in rows_of(folders / "rows.json")}) == 1 and "fid of efficientnet:64: It is not measured" in capsys.readouterr().out

@@ -73,3 +73,23 @@ def test_mistakes_are_one_sentence(root, monkeypatch, capsys, words, why):
 
 def test_short_names_tell_models_apart():
     assert short_names(["likelihood:a/vlm"]) == ["likelihood:vlm"] and short_names(["likelihood:a/vlm", "likelihood:b/vlm"]) == ["likelihood:a/vlm", "likelihood:b/vlm"] and short_names(["frequent"]) == ["frequent"]
+
+
+def test_the_proof_that_the_tower_is_frozen_is_a_flag(root, monkeypatch, capsys):
+    from dataclasses import replace
+    from vugen.data.scenes import render, sample_scenes
+    from vugen.generate.vlm import question
+    from vugen.paths import checkpoints_dir
+    from vugen.understand.scorers import world_of
+    world, task = replace(world_of(checkpoints_dir()), split="test"), root / "scenes/existence"
+    task.mkdir(parents=True)
+    for index, scene in enumerate(sample_scenes(world, 91, range(20))):
+        said = {answer: text for text, answer, _ in filter(None, [question(scene, 91, 100 * index + each, "existence", world) for each in range(12)])}
+        if len(said) < 2 or len(list(task.glob("*.png"))) == 2: continue
+        Image.fromarray(render(scene, 32)).save(task / f"{index}.png"); (task / f"{index}.txt").write_text(f"{said['yes']}\tYes\n{said['no']}\tNo\n")
+    words = [root / "scenes", "--suite", "mme", "--model", f"generator:{checkpoints_dir() / 'generator'}", "--before", f"scene:{checkpoints_dir() / 'vlm'}"]
+    proof = {row["metric"]: row["value"] for row in run(root, monkeypatch, *words, "--prove-frozen")["rows"] if row["category"] == "proof"}
+    assert proof["preserved"] == proof["the tower moved"] == proof["same logits after"] == proof["no shared memory"] == 1 and proof["largest logit difference"] == 0
+    assert not [row for row in run(root, monkeypatch, *words)["rows"] if row["category"] == "proof"]
+    with pytest.raises(SystemExit) as stop: main(["evaluate", *map(str, words[:-2]), "--prove-frozen"])
+    assert stop.value.code == 2 and "--before scene:FOLDER" in capsys.readouterr().err

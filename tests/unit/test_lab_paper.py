@@ -153,8 +153,8 @@ def test_tables_take_equal_steps_and_the_best_guidance_of_each_metric():
     rows = [summary(f"VUGEN, {x}", "VUGEN", x, metric, value) for x, right, distance in ((1.0, 0.2, 9.0), (2.0, 0.5, 5.0), (8.0, 0.7, 30.0)) for metric, value in (("all", right), ("Fréchet-x", distance))]
     rows += [summary("REPA, 1", "REPA", 1.0, "all", 0.9)]
     found = {(row["method"], row["metric"]): (row["value"], row["at"]) for row in table2_rows(rows, {}, "tiny")}
-    assert found == {("VUGEN, guidance 2", "prompts drawn right ↑"): (0.5, ""), ("VUGEN, best guidance for each", "prompts drawn right ↑"): (0.7, "guidance 8"),
-                     ("VUGEN, guidance 2", "Fréchet-x ↓"): (5.0, ""), ("VUGEN, best guidance for each", "Fréchet-x ↓"): (5.0, "guidance 2")}
+    assert found == {("VUGEN, guidance 2", "prompts drawn right ↑"): (0.5, ""), ("VUGEN, best guidance for each (chosen on these prompts)", "prompts drawn right ↑"): (0.7, "guidance 8"),
+                     ("VUGEN, guidance 2", "Fréchet-x ↓"): (5.0, ""), ("VUGEN, best guidance for each (chosen on these prompts)", "Fréchet-x ↓"): (5.0, "guidance 2")}
     work = [{"variant": "REPA", "trained": {"generator-repa": {"stage": "generator-repa", "steps": 3000}}}]
     (row,) = table1_rows([summary("REPA", "", None, "all", 0.5), summary("REPA", "", None, "count", 0.6)], {"work": work}, "tiny")
     assert row["model"] == "tiny; generator-repa 3,000 steps" and row["metric"] == "prompts drawn right ↑" and row["n"] == 7
@@ -176,3 +176,31 @@ def test_the_verb_can_be_called_from_a_notebook(fake, monkeypatch, tmp_path, cap
     monkeypatch.setenv("VUGEN_CACHE", str(tmp_path / "cache"))
     Figure("fig9", tmp_path / "figures", root=ROOT, preset="smoke")("vugen figure fig9")
     assert "fig9" in capsys.readouterr().out and len(fake) == 1
+
+
+def test_table_1_stands_in_the_papers_order_with_density_and_coverage():
+    rows = [summary(variant, "", None, metric, 0.5) for variant in ("VUGEN", "Decoupled", "REPA") for metric in ("all", "density-x", "coverage-x")]
+    found = table1_rows(rows, {"ablation": "checkpoints"}, "tiny")
+    assert list(dict.fromkeys(row["method"] for row in found)) == [f"{name}, finished checkpoint (25 sampler steps)" for name in ("Decoupled", "REPA", "VUGEN")] and {row["metric"] for row in found} == {"prompts drawn right ↑", "density-x ↑", "coverage-x ↑"}
+    assert not paper.lacks_balls(found, "tiny") and "REPA" in next(iter(paper.lacks_balls(found[:3] + [row for row in found[3:] if "coverage" not in row["metric"]], "tiny")))
+
+
+def test_table_1_holds_density_and_coverage_of_ours_and_names_what_has_none(call, tmp_path):
+    assert call("figure", "table1", "--out", tmp_path / "figures")[0] == 0
+    stored = read_stored(tmp_path / "figures/table1")
+    own = {row["metric"]: row for row in stored.rows if row["method"] == "VUGEN, finished checkpoint (25 sampler steps)"}
+    assert all(own[f"{name}-efficientnet-lite0/16 ↑"]["low"] < own[f"{name}-efficientnet-lite0/16 ↑"]["value"] for name in ("density", "coverage")) and own["Fréchet-efficientnet-lite0/16 ↓"]["low"] is not None
+    assert any("density, coverage" in what for what in stored.notes)
+
+
+def test_the_spread_of_samples_is_that_of_the_stored_pictures():
+    from vugen.evaluate.fidelity import extract_features
+    from vugen.encode.encoders import EfficientNetLite0
+    from scipy.spatial.distance import pdist
+    stored = read_stored(stored_figures() / "fig5")
+    for row in (stored.rows[0], stored.rows[-1]):
+        pictures = [picture for cell, picture in zip(stored.cells, stored.pictures) if cell["row"] == row["group"]]
+        features = extract_features(EfficientNetLite0(), torch.stack(pictures))
+        leave = [pdist(features[[other for other in range(8) if other != place]]).mean() for place in range(8)]
+        error = (7 / 8 * sum((each - sum(leave) / 8) ** 2 for each in leave)) ** 0.5
+        assert row["value"] == pytest.approx(pdist(features).mean(), rel=1e-4) and row["high"] - row["value"] == pytest.approx(2.364624 * error, rel=1e-3)

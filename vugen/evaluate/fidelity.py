@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mean_psnr', 'symmetric_root', 'frechet_distance', 'FrechetTo', 'infinite_fit', 'frechet_estimate',
-           'infinite_estimate', 'extract_features', 'frechet_row']
+           'infinite_estimate', 'extract_features', 'frechet_row', 'picture_set_rows']
 
 # %% ../../nbs/evaluate/fidelity.ipynb #46064996
 from collections.abc import Callable
@@ -112,7 +112,7 @@ def frechet_estimate(
         if progress: progress(group + 1, groups)
     error = ((groups - 1) / groups * np.square(rest - np.mean(rest)).sum()) ** 0.5
     half = student_quantile(0.95, groups - 1) * error
-    return Estimate(value, max(0.0, value - half), value + half, len(features))
+    return Estimate(value, float(max(0.0, value - half)), float(value + half), len(features))
 
 
 def infinite_estimate(
@@ -153,9 +153,25 @@ def frechet_row(
     images: torch.Tensor, # [N, 3, H, W] in [0, 1]
     reference: torch.Tensor, # [M, 3, H, W] in [0, 1]
     progress: Callable | None = None, # of `extract_features`, for each set
-) -> dict: # metric, value, n
-    "Fréchet distance of two sets of images, named after its extractor"
+) -> dict: # metric, value, low, high, n, dimension, n_reference
+    "Fréchet distance of two sets of images, named after its extractor, with the interval of `frechet_estimate`"
+    return picture_set_rows(extractor, images, reference, None, progress)[0]
+
+
+def picture_set_rows(
+    extractor: Callable, # as in `extract_features`, with a `name`
+    images: torch.Tensor, # [N, 3, H, W] in [0, 1]
+    reference: torch.Tensor, # [M, 3, H, W] in [0, 1]
+    k: int | None = 5, # which neighbour bounds a ball; None leaves density and coverage out
+    progress: Callable | None = None, # of `extract_features`, for each set
+) -> list[dict]: # rows of the Fréchet distance, density and coverage
+    "What is said of one set of pictures against another, from features that are extracted once"
+    from vugen.evaluate.manifolds import manifold_scores
     name = getattr(extractor, "name", None)
     if not name: raise UserError("the feature extractor has no `name`: give it one, because the score is called after it.")
-    distance = frechet_distance(*(extract_features(extractor, part, progress=progress) for part in (images, reference)))
-    return {"metric": f"Fréchet-{name}", "value": distance, "n": len(images)}
+    ours, theirs = (extract_features(extractor, part, progress=progress) for part in (images, reference))
+    if min(len(ours), len(theirs)) < 2: raise UserError(f"{len(ours)} and {len(theirs)} pictures have no Fréchet distance: give at least 2 of each.")
+    about = {"dimension": ours.shape[1], "n_reference": len(theirs)}
+    scores = {f"Fréchet-{name}": (frechet_estimate(FrechetTo(*moments(theirs)), ours), {})}
+    if k: scores |= {f"{metric}-{name}": (estimate, {"k": k}) for metric, estimate in manifold_scores(ours, theirs, k).items() if metric in ("density", "coverage")}
+    return [{"metric": metric, **estimate._asdict(), **about, **more} for metric, (estimate, more) in scores.items()]

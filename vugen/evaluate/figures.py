@@ -22,8 +22,8 @@ from ..paths import data_dir
 __all__ = ['COLORS', 'FIGURES', 'color_of', 'by_group', 'of_metric', 'draw_lines', 'new_figure', 'line_figure', 'pareto_front',
            'pair_up', 'trade_off', 'known_of', 'picture_grid', 'pack_pictures', 'unpack_pictures', 'paper_rows',
            'table_title', 'said', 'wide_table', 'markdown_table', 'table_figure', 'Stored', 'frechet_of', 'footer_of',
-           'draw_pictures', 'draw_diversity', 'draw_training', 'draw_ratio', 'draw_reducers', 'draw_guidance',
-           'draw_table', 'figure_title', 'draw_stored', 'read_stored', 'stored_figures']
+           'draw_pictures', 'draw_diversity', 'panels_of', 'drawn_rows', 'draw_training', 'draw_ratio', 'draw_reducers',
+           'draw_guidance', 'draw_table', 'figure_title', 'draw_stored', 'read_stored', 'stored_figures']
 
 # %% ../../nbs/evaluate/figures.ipynb #d76d4330
 COLORS = {"VUGEN": "#0b6e99", "Decoupled": "#d9730d", "REPA": "#6940a5", "joint": "#0b6e99", "PCA": "#ad1a72"}
@@ -269,7 +269,7 @@ def table_figure(
 ):
     "The table as a picture: the paper's lines on white, ours on blue."
     lines = wide_table(rows)
-    heads = [_wrapped(head, 12) for head in lines[0]]
+    heads = ["\n".join(textwrap.wrap(head, 13, break_long_words=False)) for head in lines[0]]
     cells = [[_wrapped(text, 20) for text in line.values()] for line in lines]
     high = [max(text.count("\n") + 1 for text in each) for each in [heads, *cells]]
     widths = [max(max(map(len, text.split("\n"))) for text in column) + 2 for column in zip(heads, *cells)]
@@ -298,12 +298,21 @@ def frechet_of(rows: list[dict], category: str) -> str:
     if len(found) > 1: raise UserError(f"The rows mix Fréchet distances of several extractors ({', '.join(sorted(found))}): they cannot stand on one axis.")
     return found.pop() if found else "Fréchet"
 
-def footer_of(rows: list[dict], run: dict) -> str:
-    "Scale, extractor, n and seeds, for the foot of a figure."
-    names = sorted({row["metric"] for row in rows if row["metric"].startswith("Fréchet-")})
-    counts, seeds = sorted({row["n"] for row in rows if row.get("n") and row["metric"].startswith("Fréchet-")} or {row["n"] for row in rows if row.get("n")}), run.get("seeds")
-    parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", ("brackets: 95% intervals" if rows[0].get("by") else "bars: 95% intervals") if any(row.get("low") is not None and row.get("x", "") is not None for row in rows) else ""]
+def footer_of(rows: list[dict], run: dict) -> str:  # those that are drawn
+    "Scale, extractor, n and seeds, and what the bars speak of, for the foot of a figure."
+    distances, seeds = [row for row in rows if row["metric"].startswith("Fréchet-")], run.get("seeds")
+    names, counts = sorted({row["metric"] for row in distances}), sorted({row["n"] for row in distances if row.get("n")} or {row["n"] for row in rows if row.get("n")})
+    parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", _told_of_bars(rows, seeds or []), _told_of_distances(distances)]
     return " · ".join(part for part in parts if part)
+
+def _told_of_bars(rows, seeds):
+    if not any(row.get("low") is not None for row in rows): return ""
+    return ("brackets" if rows[0].get("by") or rows[0].get("x", "") is None else "bars") + ": 95% intervals" + (" over seeds" if len(seeds) > 1 else " over items, of one training" if seeds else "")
+
+def _told_of_distances(distances):
+    if not distances: return ""
+    bare = sum(row.get("low") is None for row in distances)
+    return ("Fréchet distances" if bare == len(distances) else "some Fréchet distances" if bare else "") + (" stand without an interval; " if bare else "") + "so few pictures raise every Fréchet distance: compare at equal n only"
 
 # %% ../../nbs/evaluate/figures.ipynb #377b9aa2
 _TWO = "two objects"
@@ -313,45 +322,59 @@ def draw_pictures(stored: Stored):
     if not stored.cells: raise UserError("There is no picture to draw.")
     return picture_grid(stored.cells, stored.pictures, 0.8 if len(stored.cells) > 30 else 0.95, width=16, side=14)
 
+def _spread(row): return f"{row['value']:.1f}" + (f" [{row['low']:.1f}, {row['high']:.1f}]" if row.get("low") is not None else "")
+
 def draw_diversity(stored: Stored):
     "Figure 5: samples of one prompt in a row, and how far they are from each other."
     spread = {row["group"]: row for row in stored.rows}
-    def told(cell): return cell["row"] + (f" (spread {spread[cell['row']]['value']:.1f})" if cell["row"] in spread else "")
+    def told(cell): return cell["row"] + (f" (spread {_spread(spread[cell['row']])})" if cell["row"] in spread else "")
     return picture_grid([{**cell, "row": told(cell)} for cell in stored.cells], stored.pictures, 0.8, side=26)
+
+_OWN = "unexplained velocity ↓\n(each in its own latents)"
+
+def panels_of(name: str, rows: list[dict]) -> list[tuple]:  # a key of `FIGURES`; its rows
+    "(category, metric, title) of every panel of lines; none for figures of pictures and for tables."
+    seen, drawn = frechet_of(rows, "scenes"), frechet_of(rows, _TWO)
+    if name == "fig3": return [(_TWO, drawn, "Fréchet distance ↓"), (_TWO, "all", "prompts drawn right ↑"), (_TWO, "colors", "colours right ↑"), (_TWO, "unexplained velocity", _OWN)]
+    if name == "fig6": return [("scenes", seen, "reconstruction, over the decoder's training:\nFréchet distance ↓"), (_TWO, drawn, "generation, over the generator's training:\nFréchet distance ↓")]
+    if name == "fig7": return [("scenes", seen, "reconstruction: Fréchet distance ↓"), (_TWO, drawn, "generation: Fréchet distance ↓"), (_TWO, "colors", "generation: colours right ↑"), (_TWO, "unexplained velocity", _OWN)]
+    return [(_TWO, "all", "prompts drawn right ↑"), (_TWO, drawn, "Fréchet distance ↓")] if name == "fig10" else []
+
+def drawn_rows(stored: Stored) -> list[dict]:
+    "The rows of ours that the figure shows; what it says at its foot is said of these."
+    panels = {(category, metric) for category, metric, _ in panels_of(stored.name, stored.rows)} if stored.name in ("fig3", "fig6", "fig7", "fig10") else None
+    return [row for row in stored.rows if row.get("by") != "paper" and (panels is None or (row.get("category"), row["metric"]) in panels)]
 
 def draw_training(stored: Stored):
     "Figure 3: metrics over training."
-    panels = [(_TWO, frechet_of(stored.rows, _TWO), "Fréchet distance ↓"), (_TWO, "all", "prompts drawn right ↑"), (_TWO, "colors", "colours right ↑"), (_TWO, "unexplained velocity", "unexplained velocity ↓")]
-    return line_figure(stored.rows, panels, "optimiser steps")
+    return line_figure(stored.rows, panels_of("fig3", stored.rows), "optimiser steps")
 
 def draw_ratio(stored: Stored):
     "Figure 7: the ratio against reconstruction and generation."
     rows = [{**row, "group": row["group"] or "time shift of the preset"} for row in stored.rows]
-    panels = [("scenes", frechet_of(rows, "scenes"), "reconstruction: Fréchet distance ↓"), (_TWO, frechet_of(rows, _TWO), "generation: Fréchet distance ↓"), (_TWO, "colors", "generation: colours right ↑"), (_TWO, "unexplained velocity", "unexplained velocity ↓")]
-    return line_figure(rows, panels, "reduction ratio r", log=True)
+    return line_figure(rows, panels_of("fig7", rows), "reduction ratio r", log=True)
 
 # %% ../../nbs/evaluate/figures.ipynb #687c966c
 def draw_reducers(stored: Stored):
     "Figure 6: reconstructions from PCA and joint latents, and Fréchet curves over training."
     if not stored.rows: return draw_pictures(stored)
-    panels = [("scenes", frechet_of(stored.rows, "scenes"), "reconstruction, over the decoder's training:\nFréchet distance ↓"), (_TWO, frechet_of(stored.rows, _TWO), "generation, over the generator's training:\nFréchet distance ↓")]
-    panels = [(title, found) for category, metric, title in panels if (found := of_metric(stored.rows, category, metric))]
+    panels = [(title, found) for category, metric, title in panels_of("fig6", stored.rows) if (found := of_metric(stored.rows, category, metric))]
     columns, lines = len(dict.fromkeys(cell["column"] for cell in stored.cells)), len(dict.fromkeys(cell["row"] for cell in stored.cells))
-    figure = new_figure(max(0.91 * columns + 1.1, 3 * len(panels)), 1.05 * lines + 3.4 if stored.cells else 2.8, layout=None)
-    above, below = figure.subfigures(2, 1, height_ratios=[1.05 * lines + 0.8, 2.6]) if stored.cells else (None, figure)
+    figure = new_figure(max(0.91 * columns + 1.1, 3 * len(panels)), 1.05 * lines + 3.7 if stored.cells else 3.0, layout=None)
+    above, below = figure.subfigures(2, 1, height_ratios=[1.05 * lines + 0.7, 3.0]) if stored.cells else (None, figure)
     if stored.cells: picture_grid(stored.cells, stored.pictures, 0.85, figure=above, width=14)
-    axes = below.subplots(1, len(panels), squeeze=False, gridspec_kw=dict(left=0.08, right=0.98, top=0.8, bottom=0.26))[0]
+    axes = below.subplots(1, len(panels), squeeze=False, gridspec_kw=dict(left=0.08, right=0.98, top=0.84, bottom=0.32))[0]
     for axis, (title, found) in zip(axes, panels): draw_lines(axis, found, title, "optimiser steps")
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 
 def draw_guidance(stored: Stored):
     "Figure 10: consistency and realism over the guidance scale, and one against the other."
-    realism, consistency = (_TWO, frechet_of(stored.rows, _TWO)), (_TWO, "all")
+    (*consistency, above), (*realism, below) = panels_of("fig10", stored.rows)
     figure = new_figure(9.6, 3.2)
     axes = figure.subplots(1, 3, width_ratios=[1, 1, 1.6])
-    for axis, measure, title in ((axes[0], consistency, "prompts drawn right ↑"), (axes[1], realism, "Fréchet distance ↓")): draw_lines(axis, of_metric(stored.rows, *measure), title, "guidance scale")
-    trade_off(axes[2], pair_up(stored.rows, realism, consistency), "Fréchet distance", "prompts drawn right")
+    for axis, measure, title in ((axes[0], consistency, above), (axes[1], realism, below)): draw_lines(axis, of_metric(stored.rows, *measure), title, "guidance scale")
+    trade_off(axes[2], pair_up(stored.rows, tuple(realism), tuple(consistency)), "Fréchet distance", "prompts drawn right")
     axes[2].legend(fontsize=7, frameon=False)
     return figure
 
@@ -365,7 +388,7 @@ FIGURES = {  # name: (title, what the paper's shows, drawer)
     "fig3": ("Figure 3. Metrics over training", "FID-5k, CLIP score and density on StockMix and ImageNet", draw_training),
     "fig4": ("Figure 4. The same prompts drawn by each model", "models trained on StockMix, six prompts", draw_pictures),
     "fig5": ("Figure 5. Sample diversity under one prompt", "models trained on StockMix, two prompts", draw_diversity),
-    "fig6": ("Figure 6. PCA against jointly learned latents", "reconstructions by LDM and PDD; reconstruction FID while the LDM decoder trains", draw_reducers),
+    "fig6": ("Figure 6. PCA against jointly learned latents", "reconstructions by LDM and PDD; reconstruction FID while the LDM decoder trains; ours: while the PDD trains, and the generator, because an LDM was not trained on PCA latents at this scale", draw_reducers),
     "fig7": ("Figure 7. The reduction ratio against reconstruction and generation", "reconstruction and generation FID on ImageNet, r = 1 … 32", draw_ratio),
     "fig8": ("Figure 8. More prompts drawn by each model", "models trained on StockMix", draw_pictures),
     "fig9": ("Figure 9. Pictures of VUGEN, one for each class", "VUGEN trained on ImageNet; ours: every colour of every shape", draw_pictures),
@@ -383,7 +406,7 @@ def draw_stored(stored: Stored):
     figure, title = FIGURES[stored.name][2](stored), figure_title(stored.name)
     width = int(figure.get_figwidth() * 16)
     figure.suptitle(_wrapped(title, width), fontsize=9)
-    footer = footer_of([row for row in stored.rows if row.get("by") != "paper"], stored.run)
+    footer = footer_of(drawn_rows(stored), stored.run) + (f" · missing here: {', '.join(stored.notes)}" if stored.notes else "")
     judged = " · ✓ the scene parser finds all that the prompt says, ✗ it does not" if any("right" in cell for cell in stored.cells) else ""
     figure.supxlabel(_wrapped(footer + judged, int(width * 1.3)), fontsize=6.5, color="0.35")
     return figure

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .intervals import Estimate
+from .intervals import Estimate, wilson
 
 # %% ../../nbs/evaluate/manifolds.ipynb #a664795c
 TILE = 2048  # rows of a tile
@@ -171,11 +171,14 @@ def _count(real, fake, real_radii, fake_radii, counts, offsets, blocks):
 
 # %% ../../nbs/evaluate/manifolds.ipynb #3d26e133
 def _mean(values):
-    "Mean with its normal 95% interval, cut at the largest and smallest value where those are shares"
-    values = np.asarray(values, np.float64)
+    "Mean of numbers from 0 on with its normal 95% interval"
     middle, half = values.mean(), 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    top = 1.0 if values.max() <= 1 else np.inf
-    return Estimate(float(middle), max(0.0, float(middle - half)), float(min(top, middle + half)), len(values))
+    return Estimate(float(middle), max(0.0, float(middle - half)), float(middle + half), len(values))
+
+
+def _share(decisions):
+    "Share with Wilson's interval, which has a width at 0 and 1, too"
+    return wilson(int(np.count_nonzero(decisions)), len(decisions))
 
 
 def manifold_scores(
@@ -190,4 +193,4 @@ def manifold_scores(
     told = lambda what: (lambda done, total: progress(what, done, total)) if progress else None
     radii = neighbour_radii(reference, k, told("neighbours of reference pictures")), neighbour_radii(features, k, told("neighbours of pictures"))
     found = ball_counts(reference, features, *radii, told("balls"))
-    return {"precision": _mean(found.around > 0), "recall": _mean(found.recalled), "density": _mean(found.around / k), "coverage": _mean(found.covered)}
+    return {"precision": _share(found.around > 0), "recall": _share(found.recalled), "density": _mean(found.around / k), "coverage": _share(found.covered)}

@@ -73,30 +73,34 @@ def score_rows(
     options: ScoreOptions | None = None,  # default those of the class
     progress: Callable | None = None,  # called with (what, done, of how many)
 ) -> tuple[list[dict], dict[str, str]]:  # long rows, and notes
-    "Every metric of a set; refuses a reference of another extractor and one that lacks what a metric needs"
+    "Every metric of a set; what cannot be had is noted with the reason, and a `UserError` where nothing can, or where the reference is of another extractor"
     reference.check(extractor)
-    options = options or ScoreOptions()
-    told = lambda what: None if progress is None else progress if what is None else lambda done, total: progress(what, done, total)
-    for metric in metrics:
-        if metric not in ("fid", "rfid"): reference.need_features(score_name(metric, extractor))
-    rows, notes, width = [], {}, len(reference.mean)
-    about = {"extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint, "dimension": width, "n_reference": reference.n}
-    def add(name, estimate, more): rows.append({"metric": name, **estimate._asdict(), **about, **more})
-    four = [metric for metric in metrics if metric in ("density", "coverage", "precision", "recall")]
-    balls = manifold_scores(found.values, reference.features, options.k, progress) if four else {}
+    options, balls, rows, notes, problems = options or ScoreOptions(), {}, [], {}, {}
+    about = {"extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint, "dimension": len(reference.mean), "n_reference": reference.n}
     for metric in metrics:
         name = score_name(metric, extractor)
-        if metric in ("fid", "rfid"):
-            for each in _frechet(found, reference, name, options, told): add(*each)
-            notes |= _few(found, reference, name, width)
-        elif metric == "kid":
-            for each in _kernel(found, reference, name, options, told): add(*each)
-        elif metric == "cmmd": add(name, cmmd(found.values, reference.features, told(None)), {})
-        else: add(name, balls[metric], {"k": options.k})
-    return rows, notes
+        try: rows += [{"metric": each, **estimate._asdict(), **about, **more} for each, estimate, more in _scores(metric, name, found, reference, options, progress, balls)]
+        except UserError as error: problems[name] = error; continue
+        notes |= _few(metric, found, reference, name, options)
+    if problems and not rows: raise next(iter(problems.values()))
+    return rows, notes | {name: f"It is not measured: {error}" for name, error in problems.items()}
 
 
-def _few(found, reference, name, width):
-    "A note where a covariance is singular or the sample small for an extrapolation"
-    few = min(len(found), reference.n)
-    return {name: f"{few:,} pictures and {width:,} features: the covariance is singular, so the distance is far too large, and the extrapolated one still leans on the number of pictures; give more than {width:,}."} if few <= width else {}
+def _scores(metric, name, found, reference, options, progress, balls):  # balls: {} at first, filled once for four metrics
+    "All of one metric, or none of it"
+    told = lambda what: None if progress is None else progress if what is None else lambda done, total: progress(what, done, total)
+    if metric in ("fid", "rfid"): return list(_frechet(found, reference, name, options, told))
+    features = reference.need_features(name)
+    if metric == "kid": return list(_kernel(found, reference, name, options, told))
+    if metric == "cmmd": return [(name, cmmd(found.values, features, told(None)), {})]
+    if not balls: balls |= manifold_scores(found.values, features, options.k, progress)
+    return [(name, balls[metric], {"k": options.k})]
+
+
+def _few(metric, found, reference, name, options):
+    "A note where a covariance is singular, the sample small for an extrapolation, or the subsets of KID nearly the whole"
+    few, width, size = min(len(found), reference.n), len(reference.mean), min(options.subset_size, len(found), reference.n)
+    if metric in ("fid", "rfid") and few <= width: return {name: f"{few:,} pictures and {width:,} features: the covariance is singular, so the distance is far too large, and the extrapolated one still leans on the number of pictures; give more than {width:,}."}
+    if metric == "kid" and 2 * size > few: return {f"{name}, mean over subsets": f"Each subset takes {size:,} of {few:,} pictures, so subsets overlap and their spread is too small: give a --subset-size of at most {max(2, few // 2):,}, or more pictures."}
+    return {}
+

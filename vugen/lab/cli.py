@@ -537,7 +537,7 @@ class Play:
 @dataclass
 class Ablate:
     "Run one of the paper's ablations, or show its table and plot."
-    name: str  # reducer, ratio, decoder, steps, guidance, target, improved, curves or reducer-curves
+    name: str  # reducer, ratio, decoder, steps, guidance, target, checkpoints, improved, curves or reducer-curves
     preset: str = "tiny"  # tiny, small or smoke
     root: Optional[Path] = None  # folder of checkpoints that all variants share; default the package's own
     out: Optional[Path] = None  # folder that keeps trainings and measurements; default in the cache

@@ -17,7 +17,7 @@ from .terminal import Counter, check_number, check_target, pick_device, pictures
 
 # %% auto #0
 __all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows', 'open_reference',
-           'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
+           'what_can_be', 'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
 SUITES = {  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
@@ -31,10 +31,11 @@ class Evaluate:
     "Measure a folder of pictures: against the prompts they were drawn for, or against reference pictures."
     folder: Optional[Path] = None  # what `vugen generate` wrote, or any folder of pictures
     reference: Optional[Path] = None  # folder of reference pictures, or with --metrics a file of --save-statistics; alone: PSNR of files with equal names, Fréchet distance of the sets
-    suite: Optional[str] = None  # a published benchmark, one of `SUITES`
+    suite: Optional[str] = None  # a benchmark of prompts: geneval dpg dpg-single dpg-published scenes clipscore; of questions: mme mmbench mmmu
     items: Optional[Path] = None  # the suite's own file or folder, where it is not the first argument
     model: Optional[str] = None  # that answers or looks, as KIND:FOLDER or KIND:HUB_ID
     before: Optional[str] = None  # an earlier state of the model, compared item by item
+    prove_frozen: bool = False  # of mme, mmbench, mmmu: train the image tower of --model generator:FOLDER a little and show that the model of --before is in it to the bit
     answers: Optional[Path] = None  # Parquet file that keeps what the model said of every item; a killed run goes on from it
     limit: Optional[int] = None  # items of the suite; default all
     images: Optional[Path] = None  # folder of pictures, with all folders in it, for --metrics; or name it first
@@ -139,6 +140,17 @@ def open_reference(verb, extractor, metrics, progress):  # Evaluate
     if verb.save_statistics: (found if verb.keep_features else ReferenceStatistics.of(read, False, place.name)).save(verb.save_statistics)
     return found, {f"reference, {what}": why for what, why in read.note().items()}
 
+# %% ../../nbs/lab/evaluate.ipynb #ee1307c3
+def what_can_be(work):  # {what: function that answers with rows and notes}
+    "Rows and notes of all that can be measured; the first `UserError` where nothing can."
+    rows, notes, problems = [], {}, {}
+    for what, measure in work.items():
+        try: more, why = measure()
+        except UserError as error: problems[what] = error; continue
+        rows, notes = rows + more, notes | why
+    if problems and not rows: raise next(iter(problems.values()))
+    return rows, notes | {what: f"It is not measured: {error}" for what, error in problems.items()}
+
 # %% ../../nbs/lab/evaluate.ipynb #f1d1a003
 def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictures, or None to save the reference alone
     "Rows of one extractor, and notes."
@@ -147,11 +159,11 @@ def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictur
     reference, notes = open_reference(verb, extractor, metrics, progress)
     if folder is None: return [{"images": verb.reference.name, "metric": "pictures", "value": reference.n, "n": reference.n, "extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint}], notes
     found = folder_features(extractor, folder, verb.batch_size, progress=partial(progress, f"pictures, {extractor.name}"))
-    options, rows = ScoreOptions(verb.k, verb.subsets, verb.subset_size, verb.seed, verb.intervals), []
-    for one, other, names in ((found, reference, [name for name in metrics if name != "rfid"]), *(((*matched(found, reference), ["rfid"]),) if "rfid" in metrics else ())):
-        more, why = score_rows(one, other, extractor, names, options, progress)
-        rows, notes = rows + more, notes | why
-    return [{"images": folder.name, **row} for row in rows], notes | found.note()
+    options, others = ScoreOptions(verb.k, verb.subsets, verb.subset_size, verb.seed, verb.intervals), [name for name in metrics if name != "rfid"]
+    work = {", ".join(others): lambda: score_rows(found, reference, extractor, others, options, progress)} if others else {}
+    if "rfid" in metrics: work["rfid"] = lambda: score_rows(*matched(found, reference), extractor, ["rfid"], options, progress)
+    rows, why = what_can_be(work)
+    return [{"images": folder.name, **row} for row in rows], notes | why | found.note()
 
 
 def matched(found, reference):  # FeatureSet, ReferenceStatistics
@@ -170,6 +182,7 @@ def pair_rows(verb, folder, metrics, device, progress):  # Evaluate
     "Rows of pairs of files with equal names, and notes."
     from vugen.data.images import psnr
     from vugen.decode.perceptual import build_perceptual
+    from vugen.evaluate.features import picture_files
     from vugen.evaluate.reconstruction import pair_scores, picture_pairs, ssim
     judges = {"PSNR": psnr} if "psnr" in metrics else {}
     if "ssim" in metrics: judges["SSIM"] = ssim
@@ -178,8 +191,10 @@ def pair_rows(verb, folder, metrics, device, progress):  # Evaluate
         if judge is None: raise UserError("--perceptual is none: lpips needs a network, such as lpips-vgg:FOLDER.")
         judges[judge.name] = judge.to(device)
     if not verb.reference.expanduser().is_dir(): raise UserError(f"{verb.reference} is no folder: {', '.join(judges)} compare pictures with their originals.")
-    scores, left_out, _ = pair_scores(picture_pairs(folder, verb.reference), judges, device, partial(progress, "pairs"))
-    notes = {f"{len(left_out)} pairs": f"They cannot be compared and are left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
+    pairs, drawn = picture_pairs(folder, verb.reference), len(picture_files(folder))
+    scores, left_out, _ = pair_scores(pairs, judges, device, partial(progress, "pairs"))
+    notes = {f"{drawn - len(pairs)} of {drawn} pictures": f"{verb.reference.name} holds no original of the same name, so they are left out of {', '.join(judges)}."} if len(pairs) < drawn else {}
+    notes |= {f"{len(left_out)} pairs": f"They cannot be compared and are left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
     return [{"images": folder.name, "metric": name, **estimate._asdict(), "resize": "none"} for name, estimate in scores.items()], notes
 
 
@@ -202,12 +217,11 @@ def fidelity(verb, command):  # Evaluate
     from vugen.evaluate.features import build_extractor
     from vugen.evaluate.scores import SET_METRICS
     folder, metrics = check_fidelity(verb)
-    device, progress, rows, notes = pick_device(verb.device), Counter(), [], {}
-    sets = [name for name in metrics if name in (*SET_METRICS, "rfid")]
-    for name in verb.extractor if sets or verb.save_statistics else ():
-        more, why = set_rows(verb, folder, build_extractor(name, device), sets, progress)
-        rows, notes = rows + more, notes | why
-    if pairs := [name for name in metrics if name in ("psnr", "ssim", "lpips")]:
-        more, why = pair_rows(verb, folder, pairs, device, progress)
-        rows, notes = rows + more, notes | why
+    device, progress = pick_device(verb.device), Counter()
+    sets, pairs = [name for name in metrics if name in (*SET_METRICS, "rfid")], [name for name in metrics if name in ("psnr", "ssim", "lpips")]
+    extractors = {name: build_extractor(name, device) for name in (verb.extractor if sets or verb.save_statistics else ())}  # all, before hours are spent on the first
+    work = {f"{', '.join(sets)} of {name}": partial(set_rows, verb, folder, extractor, sets, progress) for name, extractor in extractors.items()}
+    if pairs: work[", ".join(pairs)] = partial(pair_rows, verb, folder, pairs, device, progress)
+    rows, notes = what_can_be(work)
     report(verb.json, rows, run_record(command, verb.seed, None, device, **({"notes": notes} if notes else {})))
+

@@ -15,7 +15,7 @@ from ..paths import cache_dir
 
 # %% auto #0
 __all__ = ['run_mme', 'run_mmbench', 'run_mmmu', 'short_names', 'load_models', 'answers_file', 'floor_rows', 'compare_rows',
-           'run_suite_of']
+           'check_proof', 'proof_rows', 'proof_items', 'run_suite_of']
 
 # %% ../../nbs/lab/evaluate_vlm.ipynb #eb5fe745
 def short_names(names):  # KIND:PLACE, one or two
@@ -55,17 +55,52 @@ def compare_rows(suite, records, models, counter):  # QuestionSet; {name: record
     rows = compared(*(records[model.name] for model in models), called)
     return rows + (same_logits(*models, suite.questions, scorer=called, progress=counter) if all(hasattr(model, "logits") for model in models) else [])
 
+# %% ../../nbs/lab/evaluate_vlm.ipynb #332ecae9
+def check_proof(verb):  # Evaluate
+    "Refuse a proof without a generator and the model it grew out of, before anything is asked."
+    kinds = [(name or "").partition(":")[0] for name in (verb.before, verb.model)]
+    if kinds != ["scene", "generator"]: raise UserError("--prove-frozen compares a generator with the model it grew out of: name them as --model generator:FOLDER --before scene:FOLDER.")
+
+
+def proof_rows(verb, suite, device, most=4):  # Evaluate, QuestionSet, torch device; questions
+    "The claims of `frozen_proof` on pictures and questions of the suite, each 1 or 0."
+    from vugen.data.images import to_tensor
+    from vugen.generate.adapters import load_adapter
+    from vugen.generate.text_to_image import TextToImage
+    from vugen.understand.preservation import frozen_proof
+    before, generator = load_adapter(verb.before.partition(":")[2]), TextToImage.from_pretrained(verb.model.partition(":")[2]).to(device)
+    images, texts = proof_items(suite, generator.vlm, to_tensor, most)
+    proof = frozen_proof(before, generator, images, texts)
+    called = " → ".join(short_names([verb.before, verb.model]))
+    return [{"scorer": called, "suite": suite.name, "category": "proof", "metric": claim, "value": float(value), "low": None, "high": None, "n": len(texts), "chance": None} for claim, value in proof.items()]
+
+
+def proof_items(suite, vlm, to_tensor, most):
+    "Pictures [B, 3, H, W] and texts of the first questions that the model can be asked."
+    import torch
+    from vugen.understand.vlm_benchmarks import open_picture
+    found = []
+    for each in suite.questions:
+        try: vlm.encode([each.text]); found.append((to_tensor(open_picture(each.pictures[0]), vlm.vision.image_size, crop=False), each.text))
+        except (UserError, IndexError): continue
+        if len(found) == most: break
+    if not found: raise UserError(f"The model can be asked no question of {suite.name}, so --prove-frozen has nothing to show it.")
+    images, texts = zip(*found)
+    return torch.cat(images), list(texts)
+
 # %% ../../nbs/lab/evaluate_vlm.ipynb #c595d6d3
 def run_suite_of(name, verb, command):  # mme, mmbench or mmmu; Evaluate; for the record
     "Read the questions, ask, compare, report."
     from vugen.understand.vlm_answers import AnswerStore, run_questions
     from vugen.understand.vlm_benchmarks import read_questions
     device, counter, store = pick_device(verb.device), Counter(), AnswerStore(answers_file(verb, name))
+    if verb.prove_frozen: check_proof(verb)
     suite = read_questions(name, verb.items or verb.folder, verb.limit)
     models = load_models(verb, suite, device)
     found = run_questions(suite, models, store, progress=counter)
     rows = found["rows"] + (floor_rows(suite) if not any(model.name == "most frequent" for model in models) else [])
     if len(models) == 2: rows += compare_rows(suite, found["records"], models, counter)
+    if verb.prove_frozen: rows += proof_rows(verb, suite, device)
     about = {"suite": name, "questions": len(suite), "models": {model.name: model.fingerprint for model in models}, "notes": found["notes"]}
     report(verb.json, rows, run_record(command, None, None, device, **about))
 

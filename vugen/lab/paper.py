@@ -17,9 +17,9 @@ from ..paths import atomic_path, checkpoints_dir
 # %% auto #0
 __all__ = ['MODELS', 'DIVERSE', 'STEPS', 'PAINTERS', 'SOURCES', 'Figure', 'draw_all', 'show_figures', 'Piece', 'parts_of',
            'test_prompts', 'painted', 'reconstructed', 'pieces_of', 'kinds_of_pictures', 'originals', 'reconstruction',
-           'generation', 'place_of', 'spread_rows', 'ablation_rows', 'steps_of', 'ours', 'table1_rows', 'table2_rows',
-           'table3_rows', 'spec_of', 'read_piece', 'write_piece', 'Maker', 'copy_sheet', 'gather_pieces', 'gather_rows',
-           'make_figure', 'save_figure']
+           'generation', 'place_of', 'spread_rows', 'ablation_rows', 'steps_of', 'ours', 'table1_rows', 'finished_rows',
+           'lacks_balls', 'table2_rows', 'table3_rows', 'spec_of', 'read_piece', 'write_piece', 'Maker', 'copy_sheet',
+           'gather_pieces', 'gather_rows', 'make_figure', 'save_figure']
 
 # %% ../../nbs/lab/paper.ipynb #73ab4876
 @dataclass
@@ -167,15 +167,16 @@ def place_of(piece, prompt, number, each):  # number of the picture
     return {"row": piece.name, "column": prompt}
 
 def spread_rows(piece, images, device):
-    "How far the samples of a prompt are from each other: the mean distance of a picture's features to the others'."
+    "How far the samples of a prompt are from each other: the mean distance of their features over all pairs, its interval by the jackknife over pictures."
     import torch
     from vugen.encode.encoders import EfficientNetLite0
     from vugen.evaluate.fidelity import extract_features
-    from vugen.evaluate.intervals import bootstrap_mean
+    from vugen.evaluate.figures import pack_pictures, unpack_pictures
+    from vugen.evaluate.intervals import pairwise_mean
     judge, each = EfficientNetLite0().to(device), piece.settings["each"]
+    images = unpack_pictures(pack_pictures(images))  # as they are stored, so that the number can be checked against the file
     features = torch.from_numpy(extract_features(judge, images.to(device))).unflatten(0, (-1, each))
-    means = torch.cdist(features, features).sum(2) / (each - 1)
-    return [{"group": f"{piece.name}: {prompt}", "x": None, "category": prompt, "metric": f"mean distance, {judge.name}", **bootstrap_mean(values.tolist())._asdict()} for prompt, values in zip(piece.settings["prompts"], means)]
+    return [{"group": f"{piece.name}: {prompt}", "x": None, "category": prompt, "metric": f"mean distance, {judge.name}", **pairwise_mean(table.numpy())._asdict()} for prompt, table in zip(piece.settings["prompts"], torch.cdist(features, features))]
 
 PAINTERS = {"originals": originals, "reconstruction": reconstruction, "generation": generation}
 
@@ -200,17 +201,35 @@ def steps_of(run, variant=None):  # of a stored ablation; one of its variants, a
     return ", ".join(f"{stage} {steps:,} steps" for stage, steps in found)
 
 # %% ../../nbs/lab/paper.ipynb #4dabb481
-_OURS = {"all": "prompts drawn right ↑", "colors": "colours right ↑", "binding": "binding right ↑", "unexplained velocity": "unexplained velocity ↓"}
+_OURS = {"all": "prompts drawn right ↑", "colors": "colours right ↑", "binding": "binding right ↑", "unexplained velocity": "unexplained velocity (own latents) ↓"}
+
+_ARROWS = {"Fréchet-": " ↓", "density-": " ↑", "coverage-": " ↑"}
 
 def ours(row, method, model, source, at=""):  # a summary row
     "A row of ours for a table: the metric's name says that it is ours."
-    metric = _OURS.get(row["metric"]) or (f"{row['metric']} ↓" if row["metric"].startswith("Fréchet-") else row["metric"])
+    metric = _OURS.get(row["metric"]) or row["metric"] + next((arrow for start, arrow in _ARROWS.items() if row["metric"].startswith(start)), "")
     return {"by": "ours", "source": source, "method": method, "model": model, "metric": metric, "at": at, **{key: row.get(key) for key in ("value", "low", "high", "n")}, **({"text": row["text"]} if "text" in row else {})}
 
 def table1_rows(rows, run, model):
-    "Table 1: the three models after equal steps."
-    wanted = [row for row in rows if row["category"] == "two objects" and (row["metric"] in _OURS or row["metric"].startswith("Fréchet-"))]
-    return [ours(row, row["variant"], f"{model}; {steps_of(run, row['variant'])}".rstrip("; "), "vugen ablate target") for row in wanted]
+    "Table 1: the three models after equal steps, or as a root holds them, in the paper's order."
+    wanted, order, own = [row for row in rows if row["category"] == "two objects" and (row["metric"] in _OURS or row["metric"].startswith(tuple(_ARROWS)))], ["Decoupled", "REPA", "VUGEN"], run.get("ablation") == "checkpoints"
+    wanted.sort(key=lambda row: order.index(row["variant"]))
+    return [ours(row, f"{row['variant']}, finished checkpoint ({_sampled()})" if own else row["variant"], f"{model}; {steps_of(run, row['variant'])}".rstrip("; "), f"vugen ablate {run.get('ablation', 'target')}") for row in wanted]
+
+def _sampled():
+    "How the checkpoints were sampled, in words."
+    from vugen.train.ablations import find_ablation
+    return f"{find_ablation('checkpoints').variants[0].measures[0].options['num_inference_steps']} sampler steps"
+
+def finished_rows(maker, model):
+    "Table 1, below: the generators of a root as they stand; and what is missing."
+    rows, run, notes = ablation_rows("checkpoints", maker.preset.name, maker.verb.runs)
+    return table1_rows(rows, run, model), notes
+
+def lacks_balls(rows, preset):  # of `table1_rows`; name of the preset
+    "A note where a stored run is older than its density and coverage."
+    lacking = list(dict.fromkeys(row["method"] for row in rows if not any(other["method"] == row["method"] and other["metric"].startswith("coverage-") for other in rows)))
+    return {f"density, coverage and the interval of the Fréchet distance of {', '.join(lacking)}": f"their pictures were not kept; `vugen ablate target --preset {preset} --out FOLDER` trains and measures them anew"} if lacking else {}
 
 def table2_rows(rows, run, model, usual=2.0):  # usual: the guidance scale that stands for the paper's 5
     "Table 2: VUGEN at its usual guidance, and at the best one for each metric."
@@ -219,7 +238,7 @@ def table2_rows(rows, run, model, usual=2.0):  # usual: the guidance scale that 
         each = [row for row in rows if row["metric"] == metric and row["group"] == "VUGEN"]
         best = (min if metric.startswith("Fréchet-") else max)(each, key=lambda row: row["value"])
         found += [ours(row, f"VUGEN, guidance {usual:g}", model, "vugen ablate guidance") for row in each if row["x"] == usual]
-        found.append(ours(best, "VUGEN, best guidance for each", model, "vugen ablate guidance", f"guidance {best['x']:g}"))
+        found.append(ours(best, "VUGEN, best guidance for each (chosen on these prompts)", model, "vugen ablate guidance", f"guidance {best['x']:g}"))
     return found
 
 # %% ../../nbs/lab/paper.ipynb #17362f25
@@ -234,7 +253,7 @@ def table3_rows(root, model):
     found = [ours({**row, "metric": f"scenes, {row['category']} ↑"}, "VLM alone = VUGEN", model, "vugen train vlm") for row in wanted]
     tower = TextToImage.from_pretrained(root / "generator")
     same = fingerprint(tower.vlm, tower.config.get("vlm_dtype", "float32")) == tower.config["vlm_fingerprint"]
-    return found + [ours({"metric": "language tower unchanged, bit for bit", "value": float(same), "n": 1, "text": "yes" if same else "no"}, "VLM alone = VUGEN", model, "the fingerprints of ROOT/vlm and ROOT/generator")]
+    return found + [ours({"metric": "language tower unchanged, bit for bit", "value": float(same), "text": "yes" if same else "no"}, "VLM alone = VUGEN", model, "the fingerprints of ROOT/vlm and ROOT/generator")]
 
 # %% ../../nbs/lab/paper.ipynb #e3eff9c0
 def spec_of(piece, preset, seed):
@@ -335,8 +354,10 @@ def gather_rows(maker, name, scale):  # words about the size of things
     if name not in SOURCES: return [], {}, {}
     rows, run, notes = ablation_rows(SOURCES[name], maker.preset.name, maker.verb.runs)
     if not rows and name != "fig6": what, mend = next(iter(notes.items())); raise UserError(f"Nothing is stored of {what}, which this figure is drawn from: {mend.replace(' makes it', '')} makes it.")
-    table = {"table1": table1_rows, "table2": table2_rows}.get(name)
-    if table: return paper_rows(name) + table(rows, run, scale), run, notes
+    if name == "table1":
+        found, (more, lacks) = table1_rows(rows, run, scale), finished_rows(maker, scale)
+        return paper_rows(name) + found + more, run, {**notes, **lacks, **lacks_balls(found, maker.preset.name)}
+    if name == "table2": return paper_rows(name) + table2_rows(rows, run, scale), run, notes
     return [row for row in rows if row["x"] is not None], run, notes
 
 def make_figure(self, name):  # Maker; a key of FIGURES

@@ -132,8 +132,8 @@ def check_prompts(prompts):
 
 # %% ../../nbs/lab/terminal.ipynb #c930b6be
 def show_notes(notes):  # {what is missing: why}
-    "What a table lacks, below it."
-    if notes: print("\nLeft out:")
+    "What a table lacks, and what is to be known of it, below it."
+    if notes: print("\nNotes:")
     for name, why in notes.items(): print(f"  {name}: {why}")
 
 # %% ../../nbs/lab/terminal.ipynb #57dd4806

@@ -25,7 +25,7 @@ from ..data.corpora import HELD_OUT_PHOTOGRAPHS
 from ..data.scenes import World, batch as scene_batch
 from ..decode.autoencoder import PixelAutoencoder, psnr
 from ..errors import UserError
-from ..evaluate.fidelity import frechet_row
+from ..evaluate.fidelity import frechet_row, picture_set_rows
 from ..evaluate.intervals import bootstrap_mean, mean_interval, wilson
 from ..evaluate.scene_parser import SceneParser, full_facts, check, parse_images, prompt_accuracy, shuffled_accuracy
 from ..generate.text_to_image import TextToImage, generate, latent_noise
@@ -38,14 +38,15 @@ from .loop import default_state, duration, run, snapshot_folder, unmeasured
 from .presets import Preset, load_preset, override
 
 # %% auto #0
-__all__ = ['REDUCER', 'RATIO', 'DECODER', 'STEPS', 'GUIDANCE', 'TARGET', 'IMPROVED', 'CURVES', 'REDUCER_CURVES', 'ABLATIONS',
-           'TRAINABLE', 'SIZES', 'MEASURES', 'COLUMNS', 'Step', 'Measure', 'Variant', 'Ablation', 'find_ablation',
-           'stage_kind', 'sized', 'step_at', 'step_preset', 'reads', 'closure', 'digest', 'folder_digest',
-           'root_digests', 'Part', 'Point', 'slug', 'check_options', 'make_point', 'make_plan', 'device_here', 'judge',
-           'load_autoencoder', 'decoding_cost', 'reconstruction', 'scene_rows', 'unexplained_velocity', 'draw_parts',
-           'generation', 'write_json', 'read_json', 'describe_point', 'claim', 'link', 'link_sources', 'Left',
-           'train_part', 'link_snapshot', 'measure_point', 'seeds_held', 'collect', 'ablation_folder', 'run_ablation',
-           'summarise', 'table_rows', 'markdown_table', 'plot', 'stored_rows', 'write_report']
+__all__ = ['REDUCER', 'RATIO', 'DECODER', 'STEPS', 'GUIDANCE', 'TARGET', 'CHECKPOINTS', 'IMPROVED', 'CURVES', 'REDUCER_CURVES',
+           'ABLATIONS', 'TRAINABLE', 'SIZES', 'MEASURES', 'COLUMNS', 'Step', 'Measure', 'Variant', 'Ablation',
+           'find_ablation', 'stage_kind', 'sized', 'step_at', 'step_preset', 'reads', 'closure', 'digest',
+           'folder_digest', 'root_digests', 'Part', 'Point', 'slug', 'check_options', 'make_point', 'make_plan',
+           'device_here', 'judge', 'load_autoencoder', 'decoding_cost', 'reconstruction', 'scene_rows',
+           'unexplained_velocity', 'draw_parts', 'generation', 'write_json', 'read_json', 'describe_point', 'claim',
+           'link', 'link_sources', 'Left', 'train_part', 'link_snapshot', 'measure_point', 'seeds_held', 'collect',
+           'ablation_folder', 'run_ablation', 'summarise', 'table_rows', 'markdown_table', 'plot', 'stored_rows',
+           'write_report']
 
 # %% ../../nbs/train/ablations.ipynb #3ea07f9c
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ TARGET = Ablation(
     shows=(_DRAWN, ("two objects", "binding"), ("two objects", "colors"), ("two objects", _FRECHET), ("two objects", "unexplained velocity")),
     variants=tuple(Variant(name, (_draw(folder, velocity=True),), (Step(folder),)) for name, folder in _SOURCES.items()))
 
+CHECKPOINTS = Ablation(
+    "How near do the trained generators of a root come to rendered scenes, as they stand, and how many of these do they cover?", "VUGEN, section 4.1, table 1: density and coverage",
+    shows=(_DRAWN, ("two objects", "colors"), ("two objects", _FRECHET), *(("two objects", _FRECHET.replace("Fréchet", metric)) for metric in ("density", "coverage"))),
+    variants=tuple(Variant(name, (_draw(folder, num_inference_steps=25),), optional=name != "VUGEN") for name, folder in _SOURCES.items()))
+
 _PLAIN, _GENERATOR, _ALIGNED = Step("decoder", {"options.latent_noise": 0.0}), Step("generator", {"model.shift": 1.0}), {"model.shift": 1.0}
 IMPROVED = Ablation(
     "What does each improvement published since bring by itself?", "RAE (shift, noise on latents, features kept), limited-interval guidance, iREPA", shows=_BOTH,
@@ -173,7 +179,7 @@ REDUCER_CURVES = Ablation(
                   for name, step in {"joint": Step("decoder", snapshots=_SHARES), "PCA": Step("decoder-pca", folder="decoder", snapshots=_SHARES)}.items()), ()))
 
 # %% ../../nbs/train/ablations.ipynb #6186513b
-ABLATIONS = {"reducer": REDUCER, "ratio": RATIO, "decoder": DECODER, "steps": STEPS, "guidance": GUIDANCE, "target": TARGET, "improved": IMPROVED, "curves": CURVES, "reducer-curves": REDUCER_CURVES}
+ABLATIONS = {"reducer": REDUCER, "ratio": RATIO, "decoder": DECODER, "steps": STEPS, "guidance": GUIDANCE, "target": TARGET, "checkpoints": CHECKPOINTS, "improved": IMPROVED, "curves": CURVES, "reducer-curves": REDUCER_CURVES}
 
 def find_ablation(name):  # a key of ABLATIONS
     "The `Ablation` of that name."
@@ -400,7 +406,7 @@ def generation(view, preset, seed, folder, number=200, velocity=False, **options
     chance = {row["metric"]: row["value"] for row in shuffled_accuracy(parser, images, prompts)}
     rows = [{**about, **row, "chance": chance[row["metric"]]} for row in prompt_accuracy(parser, images, prompts)]
     real = scene_batch(dataclasses.replace(world, counts={2: 1.0}, paraphrase=0.0), start, list(range(number)))["images"].to(images.device)  # what the prompts tell of
-    rows.append({**about, **frechet_row(judge(), images, real)})
+    rows += [{**about, **row} for row in picture_set_rows(judge(), images, real)]
     if velocity: rows.append({**about, "metric": "unexplained velocity", **bootstrap_mean(unexplained_velocity(model, real, prompts, start).tolist())._asdict()})
     return rows
 
