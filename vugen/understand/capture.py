@@ -176,7 +176,7 @@ class _Recorder:
     def keep(self, name, tensor, source=None):
         "A copy for the cache and, where a gradient is wanted, the tensor itself"
         self.size += tensor.nbytes
-        if self.size > self.max_bytes: raise UserError(f"the activations up to {name!r} take more than {self.max_bytes / 2**20:,.0f} MiB: choose fewer names or a smaller batch, or raise max_bytes.")
+        if self.size > self.max_bytes: raise UserError(f"the activations up to {name!r} take more than {self.max_bytes / 2**20:,.3g} MiB: choose fewer names or a smaller batch, or raise max_bytes.")
         self.cache._kept.setdefault(name, []).append(tensor.detach().to(self.device or tensor.device, copy=True))
         if self.wants_gradients: self.live.setdefault(name, []).append((tensor if source is None else source, tensor.shape))
 
@@ -247,7 +247,8 @@ def _check_found(model, recorder):
     for selection, what in ((recorder.names, "activation"), (recorder.attention, "attention"), (recorder.patterns, "activation")):
         if missed := selection.missed():
             hint = "; kernels other than torch's own cannot be read, so load a model of transformers with attn_implementation='sdpa' or 'eager'" if what == "attention" else ""
-            raise UserError(f"no {what} fits {missed[0]!r} in what ran: the nearest names that did run are {nearest_names(missed[0], list(dict.fromkeys(recorder.seen)))}{hint}.")
+            ran = [name for name in dict.fromkeys(recorder.seen) if what == "activation" or name.endswith("pattern")]
+            raise UserError(f"no {what} fits {missed[0]!r} in what ran: the nearest names that did run are {nearest_names(missed[0], ran)}{hint}.")
 
 # %% ../../nbs/understand/capture.ipynb #1292a2c9
 def _own(value): # an input that can have a gradient
