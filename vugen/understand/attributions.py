@@ -235,7 +235,8 @@ def plot_attribution(
     axis.imshow(heat, cmap="RdBu_r" if signed else "Reds", vmin=-largest if signed else 0, vmax=largest, alpha=.65)
     axis.set(xticks=[], yticks=[]); axis.set_title(title or f"{found.method}, score {found.score:.3f}", fontsize=9)
     told, most = found.by_word(), max((abs(value) for _, value in found.by_word()), default=0)
-    width, x, y = max(sum(len(word) + 2 for word, _ in told) / (1 + len(told) // 7), 14), 0.0, -.1
+    lengths = [len(word) + 2 for word, _ in told]
+    width, x, y = max(sum(lengths) / (1 + len(told) // 7) + max(lengths, default=0) / 2, 14), 0.0, -.1
     for word, value in told:
         if x > 0 and x + len(word) + 2 > width + 1: x, y = 0.0, y - .12
         color = _shade(value, most, signed)
