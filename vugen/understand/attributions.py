@@ -169,14 +169,19 @@ def _places(pair, values): # shares of pixels → [h, w]
 
 def integrated_gradients(
     pair: DifferentiablePair,  # see `differentiable`
-    num_steps: int = 64,  # of the integral
+    num_steps: int = 64,  # of the integral, to begin with
     batch_size: int = 32,  # steps at a time
+    tolerance: float = 0.02,  # share of the gained score that the sum may lack; steps are doubled until it does not
+    max_steps: int = 256,  # that are taken at most; `delta` tells what is lacking then
 ) -> Attribution:
     "Shares of pixels and words by integrated gradients along the straight way from the blank picture and neutral words (Captum)"
     from captum.attr import IntegratedGradients
     if num_steps < 1: raise UserError(f"an integral of {num_steps} steps cannot be taken: give at least 1.")
-    (image, words), delta = IntegratedGradients(pair).attribute((pair.pixels, pair.embeddings), (pair.blank, pair.neutral), n_steps=num_steps, internal_batch_size=min(batch_size, num_steps), return_convergence_delta=True)
     with torch.no_grad(): score, baseline = pair(pair.pixels, pair.embeddings).item(), pair(pair.blank, pair.neutral).item()
+    while True:
+        (image, words), delta = IntegratedGradients(pair).attribute((pair.pixels, pair.embeddings), (pair.blank, pair.neutral), n_steps=num_steps, internal_batch_size=min(batch_size, num_steps), return_convergence_delta=True)
+        if abs(delta.item()) <= tolerance * abs(score - baseline) or 2 * num_steps > max_steps: break
+        num_steps *= 2
     return Attribution(_places(pair, image.detach()).cpu().float(), pair.words, words.detach().sum(-1)[0].cpu().float(), score, baseline, delta.item(), "integrated gradients", pair.picture)
 
 # %% ../../nbs/understand/attributions.ipynb #ef431251
@@ -233,7 +238,8 @@ def plot_attribution(
     gray = found.picture.mean(0)
     axis.imshow(.35 + .65 * gray, cmap="gray", vmin=0, vmax=1)
     axis.imshow(heat, cmap="RdBu_r" if signed else "Reds", vmin=-largest if signed else 0, vmax=largest, alpha=.65)
-    axis.set(xticks=[], yticks=[]); axis.set_title(title or f"{found.method}, score {found.score:.3f}", fontsize=9)
+    rough = f", shares off by {found.delta:+.2g}" if signed and abs(found.delta) > .05 * abs(found.score - found.baseline) else ""
+    axis.set(xticks=[], yticks=[]); axis.set_title(title or f"{found.method}, score {found.score:.3f}{rough}", fontsize=9)
     told, most = found.by_word(), max((abs(value) for _, value in found.by_word()), default=0)
     lengths = [len(word) + 2 for word, _ in told]
     width, x, y = max(sum(lengths) / (1 + len(told) // 7) + max(lengths, default=0) / 2, 14), 0.0, -.1
