@@ -121,3 +121,8 @@ def test_the_figure_shades_every_word():
         axis = plot_attribution(found, cell=4)
         assert [text.get_text() for text in axis.texts] == CAPTION.split() and axis.images[1].get_array().shape == (32, 32)
     pyplot.close("all")
+
+
+def test_without_captum_the_mend_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "captum.attr", None)
+    with pytest.raises(UserError, match="captum"): integrated_gradients(differentiable(PARTS.contrastive, IMAGE, CAPTION))

@@ -70,3 +70,9 @@ def test_figures_show_every_point_and_picture():
     shown = [axis.images[0].get_array() for axis in figure.axes]
     assert len(shown) == 8 and np.allclose(shown[0], shown[1])  # a picture is its own nearest neighbour
     pyplot.close("all")
+
+
+def test_without_umap_the_mend_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "umap", None)
+    with pytest.raises(UserError, match="umap-learn"): latent_map(RNG.normal(size=(40, 4)), "umap")
+    assert latent_map(RNG.normal(size=(20, 4)), "umap").method == "pca"

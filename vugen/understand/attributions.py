@@ -175,7 +175,8 @@ def integrated_gradients(
     max_steps: int = 256,  # that are taken at most; `delta` tells what is lacking then
 ) -> Attribution:
     "Shares of pixels and words by integrated gradients along the straight way from the blank picture and neutral words (Captum)"
-    from captum.attr import IntegratedGradients
+    try: from captum.attr import IntegratedGradients
+    except ImportError as error: raise UserError("captum is not installed, which integrated gradients need: pip install captum.") from error
     if num_steps < 1: raise UserError(f"an integral of {num_steps} steps cannot be taken: give at least 1.")
     with torch.no_grad(): score, baseline = pair(pair.pixels, pair.embeddings).item(), pair(pair.blank, pair.neutral).item()
     while True:

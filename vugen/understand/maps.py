@@ -59,8 +59,9 @@ def umap_map(
     neighbors: int = 15,  # that are kept together; more show the whole, fewer the detail
 ) -> LatentMap:
     "A layout that keeps cosine neighbours together (McInnes et al., 2018)"
-    import umap
     if len(vectors) < UMAP_LEAST: return pca_map(vectors)
+    try: import umap
+    except ImportError as error: raise UserError("umap-learn is not installed, which UMAP maps need: pip install umap-learn, or take the method pca.") from error
     maker = umap.UMAP(n_neighbors=min(neighbors, len(vectors) - 1), metric="cosine", random_state=seed, n_jobs=1, init="pca")
     return LatentMap(maker.fit_transform(vectors.astype(np.float32)).astype(np.float32), "umap", None)
 
