@@ -268,10 +268,9 @@ def run_geometry(
     if limit < 30: raise UserError(f"{limit} scenes are too few to tell a shape: give at least 30.")
     vision, _, twin = load_encoder(encoder, root, device)
     if against == "untrained" and twin is None: raise UserError(f"the encoder {encoder!r} has no untrained twin: name another encoder to compare it with.")
+    other = None if against is None else twin.vision if against == "untrained" else load_encoder(against, root, device)[0]
     images = batch(world_of(root), seed, range(limit))["images"]
     own = layer_features(vision, images, layers, progress=progress)
     rows = geometry_rows(own, encoder)
-    if against is not None:
-        other = twin.vision if against == "untrained" else load_encoder(against, root, device)[0]
-        rows += cka_rows(own, layer_features(other, images, progress=progress), (encoder, against))
+    if other is not None: rows += cka_rows(own, layer_features(other, images, progress=progress), (encoder, against))
     return {"run": run_record(command, seed, root, device, encoder=encoder, against=against, limit=limit, layers=layers), "rows": rows}
