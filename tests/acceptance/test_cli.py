@@ -138,6 +138,17 @@ def test_repeated_settings_add_up(tmp_path):
     assert (record["recipe"]["steps"], record["recipe"]["checkpoint_every"], record["recipe"]["warmup_steps"], record["options"]["evaluation"]) == (2, 1, 1, 8)
 
 
+def test_probe_tells_the_shape_of_layers_and_their_likeness(smoke, tmp_path, capsys):
+    assert call("probe", "--geometry", "--against", "untrained", "--limit", 60, "--json", tmp_path / "geometry.json", "--root", smoke) == 0
+    found, shown = json.loads((tmp_path / "geometry.json").read_text()), capsys.readouterr().out
+    assert {"encoder", "suite", "category", "metric", "value", "low", "high", "n", "chance"} <= set(found["rows"][0]) and "versions" in found["run"] and found["run"]["command"].startswith("vugen probe --geometry") and str(smoke) not in json.dumps(found)
+    layers = {row["category"] for row in found["rows"] if "against" not in row}
+    assert {row["metric"] for row in found["rows"]} >= {"effective rank", "participation ratio", "CKA (linear, debiased)", "CKA (rbf, debiased)"} and all(layer in shown for layer in layers)
+    assert len([row for row in found["rows"] if row["metric"].startswith("CKA")]) == 2 * len(layers) ** 2
+    assert call("probe", "--geometry", "--layers", "norm", "--limit", 60, "--json", "--root", smoke) == 0
+    assert {row["category"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"norm"}
+
+
 def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--items", tmp_path / "items.parquet", "--json", tmp_path / "bind.json", "--root", smoke) == 0
     found = json.loads((tmp_path / "bind.json").read_text())
@@ -334,6 +345,9 @@ MISTAKES = {
     "no such suite": ("bind --suite soup --root {smoke}", "soup"),
     "no such scorer": ("bind --scorer soup --root {smoke}", "soup"),
     "no such encoder": ("probe --encoder {bad}/none --root {smoke}", "none"),
+    "comparison without geometry": ("probe --against untrained --root {smoke}", "--geometry"),
+    "no such layer": ("probe --geometry --limit 40 --layers soup --root {smoke}", "soup"),
+    "no such encoder to compare with": ("probe --geometry --limit 40 --against {bad}/none --root {smoke}", "none"),
     "no such bench": ("bench soup", "soup"),
     "no such preset": ("describe soup", "soup"),
     "no such stage": ("train soup --root {out}", "soup"),

@@ -27,9 +27,10 @@ __all__ = ['STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'VERBS', 'stage_class', 'Train'
            'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images', 'Reconstruct',
            'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
            'as_wanted', 'scorer_rows', 'show_classification', 'place_scorers', 'world_size', 'seen_size', 'Bind',
-           'report_bind', 'Probe', 'long_rows', 'Retrieve', 'check_retrieve', 'picture_paths', 'retrieve_files',
-           'show_answers', 'retrieval_table', 'save_figures', 'Describe', 'show_description', 'Play', 'Ablate',
-           'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb', 'command_of', 'run_verb', 'main']
+           'report_bind', 'Probe', 'long_rows', 'geometry_verb', 'show_geometry', 'Retrieve', 'check_retrieve',
+           'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures', 'Describe',
+           'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb',
+           'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
@@ -367,9 +368,12 @@ def report_bind(target, found):
 # %% ../../nbs/lab/cli.ipynb #8d79292d
 @dataclass
 class Probe:
-    "Fit linear and attention probes for every attribute and relation on an encoder."
+    "Fit linear and attention probes for every attribute and relation on an encoder; or measure the shape of its layers, and their likeness to another's."
     encoder: str = "contrastive"  # a trained encoder, or a name or folder for transformers
-    limit: int = 2000  # training scenes; half as many are tested
+    limit: int = 2000  # training scenes; half as many are tested; with --geometry scenes that are shown
+    geometry: bool = False  # instead of probes: effective rank, participation ratio and intrinsic dimension of every layer
+    against: Optional[str] = None  # with --geometry: another encoder, to be compared layer by layer by CKA; untrained is the same with fresh weights
+    layers: Optional[str] = None  # with --geometry: glob of the encoder's modules, such as "blocks.*"; default every block
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the scenes: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
@@ -377,7 +381,9 @@ class Probe:
 
     def __call__(self, command):
         check_number("--limit", self.limit, 40); check_number("--seed", self.seed, 0, LARGEST_SEED); check_target(self.json)
+        if not self.geometry and (self.against or self.layers): raise UserError("--against and --layers belong to --geometry: add it.")
         root, device = root_of(self.root), pick_device(self.device)
+        if self.geometry: return geometry_verb(self, root, device, command)
         from vugen.understand.probes import run_probe
         found = run_probe(self.encoder, root=root, limit=self.limit, seed=self.seed, progress=Counter(), device=device, command=command)
         report(self.json, long_rows(found["rows"]), found["run"])
@@ -387,6 +393,27 @@ def long_rows(rows):  # of `run_probe`
     "Rows of probes with the columns of every other measurement: what is read is the category, the readout stays."
     def long(row): return {"encoder": row["encoder"], "suite": "probes", "category": row["target"], "metric": "accuracy", **{key: value for key, value in row.items() if key not in ("encoder", "target")}}
     return [long(row) for row in rows]
+
+
+def geometry_verb(verb, root, device, command):  # Probe
+    "The shape of an encoder's layers; CKA is shown as a table, layers by layers."
+    from vugen.understand.geometry import run_geometry
+    found = run_geometry(verb.encoder, verb.against, root, verb.limit, verb.seed, verb.layers, Counter(), device, command)
+    if verb.json: write_json(verb.json, found)
+    if str(verb.json) != "-": show_geometry(found["rows"])
+
+
+def show_geometry(rows):  # of `run_geometry`
+    "A line a layer with all its measures, then a table of each kind of CKA."
+    for metric in dict.fromkeys(row["metric"] for row in rows if "against" in row):
+        rows_of = [row for row in rows if row["metric"] == metric]
+        lines = {layer: {f"{metric}, {rows_of[0]['against']}": layer} for layer in dict.fromkeys(row["layer"] for row in rows_of)}
+        for row in rows_of: lines[row["layer"]][row["other_layer"]] = row["value"]
+        show_rows(list(lines.values())); print()
+    lines = {row["category"]: {"encoder": row["encoder"], "layer": row["category"], "n": row["n"]} for row in rows if "against" not in row}
+    for row in rows:
+        if "against" not in row: lines[row["category"]][row["metric"]] = row["value"]
+    show_rows(list(lines.values()))
 
 # %% ../../nbs/lab/cli.ipynb #5c76fce6
 @dataclass
