@@ -13,7 +13,7 @@ from ..errors import UserError
 from .playground_experiment import numbers_of, result_folders
 from .playground_fields import LIMITS, picture_strip, polite, some_of
 from .playground_gallery import Result, Shelf, download_of, picture_of, record_of, tiles
-from .playground_guard import KEPT_SECONDS, Guard, credentials, fetch_nothing, private_folder
+from .playground_guard import KEPT_SECONDS, Guard, answer_misfits, credentials, fetch_nothing, give_back_memory, private_folder
 from .playground_tabs import EXAMPLES, Panel, bind_tab, classify_tab, experiment_tab, generate_tab, on_draw, on_experiment, on_foils, picture_column, reconstruct_tab
 from .workbench import Workbench, starters, with_foils
 
@@ -44,7 +44,8 @@ CSS = """
 #starters .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; }
 .verdict td small { opacity: .75; font-weight: 400; }
 .report table { border-collapse: collapse; font-size: .85em; margin: .6em 0 1em; }
-.report caption { text-align: left; font-weight: 600; padding: .3em 0; }
+.report caption { display: block; text-align: left; font-weight: 600; padding: .3em 0; white-space: normal; max-width: calc(100vw - 70px); }
+.pictures .empty { min-height: 4em !important; height: 4em !important; }
 .report th, .report td { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: .3em .6em; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
 .report th[scope=row], .report td:last-child { text-align: left; min-width: 9em; }
 .report .wide { overflow-x: auto; max-width: 100%; margin: .6em 0; }
@@ -60,10 +61,12 @@ CSS = """
 footer { display: none !important; }
 @media (max-width: 640px) {
   .gradio-container > .main { padding-left: 14px; padding-right: 14px; }
-  .tab-container button { padding: 0 6px !important; font-size: 13px !important; }
+  .tab-container button { padding: 0 4px !important; font-size: 12.5px !important; }
   #generated .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  #picture, #picture .image-frame { max-height: 230px; }
-  #intro p { font-size: 14px; }
+  .tab-container { gap: 0 !important; }
+  #picture { height: 215px !important; min-height: 0; }
+  #picture .image-frame img { max-height: 130px; }
+  #intro p { font-size: 13px; line-height: 1.35; }
   .verdict table, .verdict tbody { display: block; }
   .verdict thead { display: none; }
   .verdict tr { display: grid; grid-template-columns: repeat(4, 1fr); margin: 0; padding: .5em 0; }
@@ -85,8 +88,10 @@ def keeps(
     def run(*values):
         import gradio
         *fields, results = values
-        for answer in function(*fields):
-            if answer.numbers is None: yield (*answer.outputs, gradio.skip(), gradio.skip(), gradio.skip())
+        try:
+            for answer in function(*fields):
+                if answer.numbers is None: yield (*answer.outputs, gradio.skip(), gradio.skip(), gradio.skip())
+        finally: give_back_memory()
         settings = {name: value for name, value in zip(names, fields) if name != "picture"}
         results = shelf.add(results, tab, answer.title, settings, answer.numbers, answer.picture, answer.shown)
         yield (*answer.outputs, gradio.DownloadButton(value=download_of(results[0]), interactive=True), results, tiles(results))
@@ -182,10 +187,10 @@ def _wire_experiment(folders, tab, pieces):
     name, view, moment, page, download = pieces
     if not folders: return
     show = polite(partial(on_experiment, folders))
-    for event, hidden in ((tab.select, {"api_visibility": "private"}), (name.change, {"api_visibility": "private"}), (view.change, {"api_name": "experiment"}), (moment.change, {"api_visibility": "private"})):
-        event(show, [name, view, moment], page, **hidden)
     def numbers(chosen): return download_of(Result("Experiment", chosen, {"results": chosen}, numbers_of(folders[some_of(chosen, "results", tuple(folders))[0]]), {"program": "vugen play"}))
-    page.change(polite(numbers), name, download, show_progress="hidden", api_visibility="private")
+    for event in (tab.select, name.change): event(show, [name, view, moment], page, api_visibility="private").then(polite(numbers), name, download, show_progress="hidden", api_visibility="private")
+    view.change(show, [name, view, moment], page, api_name="experiment")
+    moment.change(show, [name, view, moment], page, api_visibility="private")
 
 # %% ../../nbs/lab/playground.ipynb #ca7b5243
 def build(
@@ -229,7 +234,7 @@ def build(
         def again(results, event: gradio.SelectData): return restored(results[event.index], panels)
         past.select(again, results, [tabs, column[0], drawn, *everything], show_progress="hidden", api_visibility="private")
         if shelf.folder: page.load(lambda: (found := shelf.begin(), tiles(found)), None, [results, past], show_progress="hidden", api_visibility="private")
-    return fetch_nothing(page)
+    return answer_misfits(fetch_nothing(page))
 
 # %% ../../nbs/lab/playground.ipynb #206473f6
 def _theme(gradio): return gradio.themes.Soft(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))

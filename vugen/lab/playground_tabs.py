@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..evaluate.scene_parser import check, parse_images
 from .playground_experiment import AT_MOMENT, VIEWS, none_yet, view_html
 from .playground_fields import LARGEST_SEED, LIMITS, as_it_came, checked_captions, given_captions, given_picture, number_between, picture_field, picture_strip, scene_of, seed_of, some_of
-from .side_by_side import QUESTIONS, compare, comparison_table, directions, ratios, through
+from .side_by_side import QUESTIONS, compare, comparison_table, directions, question_suite, ratios, through
 from .workbench import PICTURE_SIZE, verdict_table, with_foils
 
 # %% ../../nbs/lab/playground_tabs.ipynb #f16d3e7a
@@ -67,7 +67,7 @@ def on_bind(bench, picture, drawn, caption, text, encoders):
     captions, kinds = with_foils(first, scene)
     known = dict(zip(captions, kinds))
     asked = [first, *(line for line in given_captions(text) if line != first)] if (text or "").strip() else captions
-    if len(asked) < 2: raise UserError(f"No foils can be made from {first!r}, which is outside the grammar of scenes: write some under 'Foils', one a line.")
+    if len(asked) < 2: raise UserError(f"No foils can be made from {first[:60]!r}, which is outside the grammar of scenes: write some under 'Foils', one a line.")
     verdict = bench.judge(picture, checked_captions(scene, asked), [known.get(each, "") for each in asked], names)
     yield Answer((verdict_table(verdict, truth=0),), verdict.as_dict(), first, picture)
 
@@ -76,7 +76,8 @@ def on_compare(bench, questions, number, seed, encoders):
     names, asked = some_of(encoders, "encoders", tuple(bench.scorers)), some_of(questions, "questions", tuple(QUESTIONS))
     number, seed = number_between(number, "scenes", 10, LIMITS["scenes"], int), seed_of(seed)
     for rows in compare({name: bench.scorers[name] for name in names}, asked, bench.parts.world, number, seed): yield Answer((comparison_table(rows),))
-    yield Answer((comparison_table(rows),), rows, f"{number} scenes: {' '.join(asked)}")
+    seen = question_suite(asked[0], bench.parts.world, 2, seed).pictures([0, 1]).flatten(0, 1)
+    yield Answer((comparison_table(rows),), rows, f"{number} scenes: {' '.join(asked)}", None, tuple(enlarged(image) for image in seen))
 
 # %% ../../nbs/lab/playground_tabs.ipynb #1bc44bfe
 def _basis(bench, name):
@@ -114,9 +115,9 @@ def kept_words(
     caption: str | None,  # that is true of the picture, where it is known
 ) -> str:
     "What each latent space kept, in sentences."
-    told = [f"<p><b>{each['latents']}</b>, {each['numbers_a_patch']} numbers a patch (r = {ratio}): {each['psnr']:.1f} dB, {max(0, 100 * each['token_share']):.0f}% of the variance of this picture's tokens"
+    told = [f"<p><b>{each['latents']}</b>, {each['numbers_a_patch']} numbers a patch (r = {ratio}): {each['psnr']:.1f} dB, {max(0, 100 * each['token_share']):.0f}% of what sets this picture's tokens apart from the average"
             + ("" if each["caption_read"] is None else f"; the scene parser still reads <i>{html.escape(caption)}</i> ✓" if each["caption_read"] else f"; the scene parser no longer reads <i>{html.escape(caption)}</i> ✗") + ".</p>" for each in numbers]
-    return f'<div class="told">{"".join(told)}<p><small>Grey: nothing differs.</small></p></div>'
+    return f'<div class="told">{"".join(told)}<p><small>Grey: nothing differs. PCA keeps most of the tokens; the learned reducer keeps what the decoder draws with.</small></p></div>'
 
 # %% ../../nbs/lab/playground_tabs.ipynb #b214adcd
 def on_generate(bench, prompt, guidance, steps, seed, number):
@@ -189,8 +190,10 @@ def picture_column(gradio, begin):
     gallery = picture_strip([(each.picture, each.title) for each in begin], columns=4, elem_id="starters")
     with gradio.Group():
         wanted = gradio.Textbox(begin[0].captions[0], label="Draw a caption", max_length=LIMITS["caption"], elem_id="wanted", info="shapes, colours and emoji: 'a dog left of a tree', 'three red stars'")
-        seed = as_it_came(gradio.Number(0, label="Layout seed", precision=0, minimum=0, elem_id="layout-seed"))
-    return picture, gallery, wanted, seed, gradio.Button("Draw", elem_id="draw")
+        with gradio.Row(equal_height=True):
+            seed = as_it_came(gradio.Number(0, label="Layout seed", precision=0, minimum=0, elem_id="layout-seed", min_width=100))
+            draw = gradio.Button("Draw", elem_id="draw", min_width=100)
+    return picture, gallery, wanted, seed, draw
 
 def bind_tab(gradio, bench, picture, drawn, begin):
     "Caption against its foils, on one picture and on many."
@@ -204,7 +207,7 @@ def bind_tab(gradio, bench, picture, drawn, begin):
     score, stop = _buttons(gradio, "Score", "score")
     table = gradio.HTML(elem_id="verdict")
     gradio.Markdown("One picture is an anecdote. **Which of these encoders confuses left with right?** Ask on many scenes, with intervals.")
-    questions = as_it_came(gradio.CheckboxGroup(list(QUESTIONS), value=list(QUESTIONS)[:1] + ["which colour is whose?"], label="Questions", elem_id="questions"))
+    questions = as_it_came(gradio.CheckboxGroup(list(QUESTIONS), value=list(QUESTIONS)[:1] + ["Which colour is whose?"], label="Questions", elem_id="questions"))
     with gradio.Row():
         number = as_it_came(gradio.Slider(10, LIMITS["scenes"], 40, step=10, label="Scenes a question", elem_id="scenes"))
         seed = _seed(gradio, "scenes-seed")
@@ -226,7 +229,7 @@ def reconstruct_tab(gradio, bench, picture, drawn):
         steps = as_it_came(gradio.Slider(1, 50, 8, step=1, label="Decoder steps", elem_id="decoder-steps"))
         seed = _seed(gradio, "decoder-seed")
     go, stop = _buttons(gradio, "Reconstruct", "reconstruct")
-    backs, differences, told = picture_strip(columns=3, elem_id="reconstructions"), picture_strip(columns=2, elem_id="differences"), gradio.HTML(elem_id="kept")
+    backs, differences, told = picture_strip(columns=3, elem_id="reconstructions"), picture_strip(columns=3, elem_id="differences"), gradio.HTML(elem_id="kept")
     fields = {"ratio": ratio, "steps": steps, "seed": seed}
     return Panel("Reconstruct", fields, [(go, stop, on_reconstruct, [picture, drawn, ratio, steps, seed], [backs, differences, told], ("picture", "drawn", "ratio", "steps", "seed"))], _download(gradio, "reconstruct")), shown
 

@@ -21,12 +21,12 @@ from ..understand.benchmarks import run_suite, scene_suite
 # %% ../../nbs/lab/side_by_side.ipynb #b8e83cb8
 LEVEL, UPRIGHT = ("left of", "right of"), ("above", "below")
 QUESTIONS = {  # what is asked → kind of foil, relations of the scenes (None: all)
-    "left or right?": ("replace-relation", LEVEL),
-    "above or below?": ("replace-relation", UPRIGHT),
-    "which thing is on the left?": ("swap-object", LEVEL),
-    "which colour is whose?": ("swap-attribute", None),
-    "which colour is there?": ("replace-attribute", None),
-    "which shape is there?": ("replace-object", None),
+    "Left or right?": ("replace-relation", LEVEL),
+    "Above or below?": ("replace-relation", UPRIGHT),
+    "Which thing is on the left?": ("swap-object", LEVEL),
+    "Which colour is whose?": ("swap-attribute", None),
+    "Which colour is there?": ("replace-attribute", None),
+    "Which shape is there?": ("replace-object", None),
 }
 
 def question_suite(
@@ -90,7 +90,7 @@ def comparison_table(
     head = "".join(f"<th>{html.escape(each)}</th>" for each in questions)
     body = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(_share(found[name, each]) if (name, each) in found else "<td>…</td>" for each in questions) + "</tr>" for name in scorers)
     told = "".join(f"<p>{html.escape(said_of(each, rows))}</p>" for each in questions)
-    legend = f"<p><small>Share of {rows[0]['n']} scenes whose true caption scores above the foil, with its 95% interval; guessing gives 50%. Green: above guessing. Red: not told from guessing.</small></p>" if rows else ""
+    legend = f"<p><small>Share of {rows[0]['n']} scenes whose true caption scores above the foil, with its 95% interval; guessing gives 50%, and a tie counts as wrong. Green: above guessing. Red: not told from guessing.</small></p>" if rows else ""
     return f'<div class="verdict"><table><thead><tr><th>encoder and score</th>{head}</tr></thead><tbody>{body}</tbody></table>{told}{legend}</div>'
 
 # %% ../../nbs/lab/side_by_side.ipynb #ae5c7690
@@ -128,9 +128,9 @@ def token_share(
     images: torch.Tensor,  # [B, 3, H, W]
     latents: torch.Tensor,  # [B, N, d], perhaps narrowed
 ) -> float:
-    "Share of the variance among the pictures' own tokens that the latents give back; negative where their mean would be nearer."
+    "Share of what sets the pictures' tokens apart from the average token (the one of a latent at zero) that the latents give back."
     tokens = model.encoder(images.to(model.device)).tokens
-    return 1 - float((tokens - model.reducer.decode(latents)).square().sum() / (tokens - tokens.mean((0, 1))).square().sum())
+    return 1 - float((tokens - model.reducer.decode(latents)).square().sum() / (tokens - model.reducer.decode(torch.zeros_like(latents[:1, :1]))).square().sum())
 
 # %% ../../nbs/lab/side_by_side.ipynb #eb45e56c
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Narrowed:
     kept: int  # numbers a patch
     image: torch.Tensor  # [3, H, W] in [0, 1]
     psnr: float  # dB against the picture at the model's own resolution
-    share: float  # of the variance of its tokens, see `token_share`
+    share: float  # of its tokens, see `token_share`
     difference: torch.Tensor  # [3, H, W]: 0.5 where nothing was lost
 
 def through(
