@@ -100,9 +100,9 @@ def given_captions(
 def checked_captions(scene, captions):
     "The captions, refused where the drawn scene says that the first is false or another true."
     first, *foils = captions
-    if true_of(scene, first) is False: raise UserError(f"This picture does not show {first[:80]!r}: write what it shows, or draw the caption.")
+    if true_of(scene, first) is False: raise UserError(f"This picture does not show {first[:40]!r}: write what it shows, or draw the caption.")
     also = next((foil for foil in foils if true_of(scene, foil)), None)
-    if also: raise UserError(f"{also[:80]!r} is true of this picture as well, so it is no foil: change it, or ask under Classify.")
+    if also: raise UserError(f"{also[:40]!r} is true of this picture as well, so it is no foil: change it, or ask under Classify.")
     return captions
 
 # %% ../../nbs/lab/playground_fields.ipynb #16a8ca0e

@@ -67,7 +67,7 @@ def on_bind(bench, picture, drawn, caption, text, encoders):
     captions, kinds = with_foils(first, scene)
     known = dict(zip(captions, kinds))
     asked = [first, *(line for line in given_captions(text) if line != first)] if (text or "").strip() else captions
-    if len(asked) < 2: raise UserError(f"No foils can be made from {first[:60]!r}, which is outside the grammar of scenes: write some under 'Foils', one a line.")
+    if len(asked) < 2: raise UserError(f"No foils can be made from {first[:30]!r}, which is outside the grammar of scenes: write some under 'Foils', one a line.")
     verdict = bench.judge(picture, checked_captions(scene, asked), [known.get(each, "") for each in asked], names)
     yield Answer((verdict_table(verdict, truth=0),), verdict.as_dict(), first, picture)
 
