@@ -381,7 +381,9 @@ def test_the_question_of_the_readme_is_answered(page):
     kept = page.locator("#kept").inner_text()
     assert "4 numbers a patch (r = 32)" in kept and kept.count("dB") == 2 and "a red circle left of a blue square" in kept and page.locator("#differences img").count() == 2
     assert_all_is_seen(page)
+    tab(page, "Generate")
     field(page, "prompt").fill("something else")
+    tab(page, "Reconstruct")
     page.locator("#reconstruct-to-generate").click()
     wait_for(page, "prompt", "a red circle left of a blue square")
     page.locator("#pictures input[type=number]").fill("2")
