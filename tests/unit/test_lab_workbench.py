@@ -8,7 +8,8 @@ from PIL import Image
 from vugen.data.foils import caption_foils
 from vugen.data.scenes import World, caption_of, facts, holds, parse, sample_scene, scene_from_caption
 from vugen.errors import UserError
-from vugen.lab.playground import checked_captions, on_draw, scene_of
+from vugen.lab.playground_fields import checked_captions, scene_of
+from vugen.lab.playground_tabs import on_draw
 from vugen.lab.workbench import Verdict, draw_caption, starters, true_of, verdict_table, with_foils
 
 VERDICT = Verdict(("a dog", "a cat", "a cow"), ("caption", "", ""), {"first": (2.0, 1.0, 0.0), "second": (0.0, 1.0, 0.5), "even": (1.0, 1.0, 0.0)}, {})
@@ -93,7 +94,8 @@ def test_nobody_knows_the_truth_of_a_photograph_or_of_free_words():
 
 
 def test_a_scene_is_known_by_its_pixels_alone():
-    picture, scene, *_ = on_draw("a red circle left of a blue square", 3)
+    picture, drawn, *_ = on_draw("a red circle left of a blue square", 3)
+    scene = scene_from_caption(drawn["caption"], seed=drawn["seed"])
     assert np.array_equal(np.asarray(picture), np.asarray(draw_caption("a red circle left of a blue square", 3)))
     assert scene_of(picture, scene) is scene and scene_of(picture.convert("RGBA"), scene) is scene
     touched = picture.copy()

@@ -554,11 +554,16 @@ class Play:
     port: Optional[int] = None  # default: the first free one from 7860
     host: str = "127.0.0.1"  # this machine alone
     browser: bool = True  # open one
+    scorer: tuple[str, ...] = ()  # further ones to compare: clip:FOLDER, likelihood:FOLDER, … as for bind
+    experiment: Optional[Path] = None  # folder of an experiment's run or collected results; default those of the package
+    keep: Optional[Path] = None  # folder in which results outlive a visitor's session, for all visitors
+    user: Optional[str] = None  # asked of every visitor, with a password; default VUGEN_PLAY_USER
+    password: Optional[str] = None  # better in VUGEN_PLAY_PASSWORD, which no list of processes shows
 
     def __call__(self, command):
-        check_number("--port", self.port, 1, 65_535)
+        check_number("--port", self.port, 1, 65_535); check_target(self.keep, "folder")
         from vugen.lab.playground import launch
-        launch(root=root_of(self.root), port=self.port, host=self.host, open_browser=self.browser)
+        launch(root=root_of(self.root), port=self.port, host=self.host, open_browser=self.browser, experiment=self.experiment, keep=self.keep, user=self.user, password=self.password, scorers=self.scorer)
 
 # %% ../../nbs/lab/cli.ipynb #ab1a7e01
 @dataclass

@@ -23,7 +23,7 @@ from ..decode.autoencoder import PixelAutoencoder
 from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, check, parse_images
 from ..paths import checkpoints_dir
-from ..understand.scorers import Parts, load_scorers
+from ..understand.scorers import Parts, load_scorers, scorer_names
 
 # %% ../../nbs/lab/workbench.ipynb #97ecf906
 PICTURE_SIZE = 256  # pixels along a side of what is shown; models resize for themselves
@@ -167,7 +167,9 @@ class Workbench:
     "The models of one checkpoint folder, behind four questions."
     def __init__(self,
         root: str | Path | None = None,  # a folder that holds `contrastive`, `decoder`, …; the embedded ones by default
+        more: Sequence[str] = (),  # further scorers, such as clip:FOLDER, see `vugen.understand.scorers.load_scorers`
     ):
+        self.more = tuple(more)
         self.root = Path(root).expanduser() if root else checkpoints_dir("tiny")
         if not self.root.is_dir(): raise UserError(f"{self.root} is not a folder: give one that holds checkpoints, or train them with `vugen train`.")
 
@@ -178,8 +180,8 @@ class Workbench:
 
     @cached_property
     def scorers(self) -> dict[str, object]:
-        "All scorers whose parts have been trained, by name."
-        return load_scorers(self.parts, "all")
+        "All scorers whose parts have been trained, and those named besides."
+        return load_scorers(self.parts, [*scorer_names("all", self.parts), *self.more])
 
     @cached_property
     def autoencoders(self) -> dict[str, object]:
@@ -197,9 +199,9 @@ class Workbench:
         "The scene parser that says what a picture shows."
         return SceneParser.from_pretrained(self.root / "parser")
 
-    def judge(self, picture, captions: Sequence[str], kinds: Sequence[str] = ()) -> Verdict:
-        "What every scorer says about every caption of `picture` (anything `load_image` reads)."
-        return judge(self.scorers, to_tensor(load_image(picture), PICTURE_SIZE), captions, kinds)
+    def judge(self, picture, captions: Sequence[str], kinds: Sequence[str] = (), names: Sequence[str] | None = None) -> Verdict:
+        "What every scorer, or those named, says about every caption of `picture` (anything `load_image` reads)."
+        return judge({name: self.scorers[name] for name in names or self.scorers}, to_tensor(load_image(picture), PICTURE_SIZE), captions, kinds)
 
     def reconstruct(self, picture, num_inference_steps: int = 8, seed: int = 0) -> tuple[torch.Tensor, list[Reconstruction]]:
         "The picture at the model's resolution [3, H, W], and what comes back from each reduced latent space."
@@ -207,9 +209,9 @@ class Workbench:
         made = {name: (model, model.reconstruct(image, num_inference_steps, seed)) for name, model in self.autoencoders.items()}
         return image[0], [Reconstruction(name, back[0], float(model.psnr(image, back)[0])) for name, (model, back) in made.items()]
 
-    def generate(self, prompt: str, guidance_scale: float | None = None, num_inference_steps: int | None = None, seed: int = 0, number: int = 4) -> torch.Tensor:
-        "Pictures [number, 3, H, W] of a prompt; each is a function of the seed and its place. Guidance and steps are the generator's own by default."
-        return self.generator.images([prompt] * number, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, seed=seed)
+    def generate(self, prompt: str, guidance_scale: float | None = None, num_inference_steps: int | None = None, seed: int = 0, number: int = 4, first: int = 0) -> torch.Tensor:
+        "Pictures [number, 3, H, W] of a prompt, from place `first` on; each is a function of the seed and its place. Guidance and steps are the generator's own by default."
+        return self.generator.images([prompt] * number, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, seed=seed, first=first)
 
     def shows(self, images: torch.Tensor, prompt: str) -> list[bool]:
         "Whether the scene parser finds everything the prompt says in each picture [B, 3, H, W]."
