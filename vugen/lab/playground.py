@@ -13,7 +13,7 @@ from ..errors import UserError
 from .playground_experiment import numbers_of, result_folders
 from .playground_fields import LIMITS, picture_strip, polite, some_of
 from .playground_gallery import Result, Shelf, download_of, picture_of, record_of, tiles
-from .playground_guard import KEPT_SECONDS, Guard, answer_misfits, credentials, fetch_nothing, give_back_memory, private_folder
+from .playground_guard import KEPT_SECONDS, Guard, answer_misfits, credentials, fetch_nothing, give_back_memory, private_folder, write_once
 from .playground_tabs import EXAMPLES, Panel, bind_tab, classify_tab, experiment_tab, generate_tab, on_draw, on_experiment, on_foils, picture_column, reconstruct_tab
 from .workbench import Workbench, starters, with_foils
 
@@ -256,7 +256,7 @@ def launch(
     import gradio
     from starlette.middleware import Middleware
     bench, auth = Workbench(root, scorers), credentials(user, password)
-    private_folder()
+    private_folder(); write_once()
     bench.scorers, bench.autoencoders, bench.generator, bench.parser  # broken checkpoints are named now, not at the first click
     if experiment and not (Path(experiment).expanduser() / "plan.json").is_file(): raise UserError(f"{experiment} holds no plan.json: name the folder of a run or of collected results.")
     shelf = Shelf(record_of(bench.root, scorers=list(bench.scorers)), Path(keep).expanduser() if keep else None)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODY', 'UPLOAD', 'HEADERS', 'KEPT_SECONDS', 'forbidden', 'Guard', 'fetch_nothing', 'answer_misfits',
-           'give_back_memory', 'credentials', 'private_folder']
+           'give_back_memory', 'write_once', 'credentials', 'private_folder']
 
 # %% ../../nbs/lab/playground_guard.ipynb #000edc0c
 import atexit
@@ -17,6 +17,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 from ..errors import UserError
+from ..paths import atomic_path
 
 # %% ../../nbs/lab/playground_guard.ipynb #5b7b8d63
 BODY, UPLOAD = 2_000_000, 16_000_000  # bytes of a request and of an upload
@@ -102,6 +103,20 @@ def _trim():
 def give_back_memory():
     "Return free memory to the system, where the C library can."
     _trim()(0)
+
+# %% ../../nbs/lab/playground_guard.ipynb #7f4d7922
+def write_once():
+    "Let Gradio write a picture's file once and whole."
+    from gradio import processing_utils
+    def save(picture, cache_dir, name="image", format="webp"):
+        content = processing_utils.encode_pil_to_bytes(picture, format)
+        file = Path(cache_dir).resolve() / processing_utils.hash_bytes(content) / f"{name}.{format}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            with atomic_path(file) as temporary: temporary.write_bytes(content)
+        return str(file)
+    processing_utils.save_pil_to_cache = save
+
 
 # %% ../../nbs/lab/playground_guard.ipynb #e7e0a0f1
 def credentials(
