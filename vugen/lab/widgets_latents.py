@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'PALETTE', 'SWAPS', 'Gallery', 'scene_gallery', 'in_frame', 'word_colors', 'LatentInspector', 'perturb',
            'swap', 'edited_latents', 'decode_alike', 'inspector_work', 'sight_key', 'inspector_blocks',
-           'selection_counts', 'draw_map', 'inspector_picture', 'load_autoencoder', 'latent_inspector', 'narrowing',
-           'narrowed', 'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks', 'explorer_picture',
-           'reducer_explorer']
+           'selection_counts', 'draw_map', 'inspector_picture', 'bench_of', 'load_autoencoder', 'latent_inspector',
+           'narrowing', 'narrowed', 'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks',
+           'explorer_picture', 'reducer_explorer']
 
 # %% ../../nbs/lab/widgets_latents.ipynb #4b505d96
 import math
@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from PIL import Image, ImageDraw
 
-from ..data.images import load_image, psnr, to_pil, to_tensor
+from ..data.images import load_image, psnr, to_tensor
 from ..data.scenes import captions as scene_captions
 from ..data.scenes import render, sample_scenes
 from ..data.sprites import COLORS
@@ -27,7 +27,7 @@ from ..decode.pixel_diffusion import noise_for
 from ..encode.encoders import resize_images
 from ..encode.reducers import RunningMoments, principal_components
 from ..errors import UserError
-from .widgets_view import Panel, State, beside, control, entry, prepare, real_number, sheet, whole_number
+from .widgets_view import Panel, State, beside, control, entry, kept, prepare, real_number, sheet, whole_number
 from .workbench import Workbench, with_foils
 from ..understand.scorers import world_of
 
@@ -85,7 +85,7 @@ class _PlainMaps:
             import umap
             return SimpleNamespace(points=umap.UMAP(random_state=seed, n_jobs=1).fit_transform(rows.numpy()), method=method, explained=None)
         left, values, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-        return SimpleNamespace(points=(left * values)[:, :2].numpy(), method=method, explained=float(values[:2].square().sum() / values.square().sum()))
+        return SimpleNamespace(points=(left * values)[:, :2].numpy(), method=method, explained=tuple((values[:2].square() / values.square().sum()).tolist()))
 
     @staticmethod
     def nearest(features, queries, k):
@@ -283,7 +283,7 @@ def inspector_blocks(
 def _map_block(state) -> dict:
     words = state.gallery.attributes[state.color]
     colors, found = word_colors(words), state.maps.get(state.method)
-    share = f", which keep {found.explained:.0%} of the variance" if found is not None and isinstance(found.explained, float) else ""
+    share = f", which keep {sum(found.explained):.0%} of the variance" if found is not None and found.explained is not None else ""
     return {"kind": "map", "width": 300, "points": state.points or [], "colors": [colors[word] for word in words], "titles": state.gallery.captions, "legend": list(colors.items()),
             "chosen": state.chosen, "selected": state.selected, "neighbours": [n for n, _ in state.sight["near"]] if state.sight else [],
             "label": f"Map of {len(state.gallery)} pictures by {state.method.upper()} of their reduced latents{share}",
@@ -365,7 +365,7 @@ def inspector_picture(
     rows = [[(sight["image"], captions[sight["key"][0]]), (sight["decoded"], f"decoded, {sight['psnr']:.1f} dB"), (sight["edited"], "after the change")],
             [(state.gallery.images[n], f"{likeness:.2f} {captions[n]}") for n, likeness in sight["near"]]]
     told = f"picture {state.chosen} and its neighbours; {len(state.selected)} selected"
-    return beside(draw_map(_map_block(state)), sheet(rows, 84, told))
+    return beside(draw_map(_map_block(state)), sheet(rows, 96, told))
 
 # %% ../../nbs/lab/widgets_latents.ipynb #07c632e8
 def _inspector_alt(self):
@@ -377,7 +377,7 @@ LatentInspector.alt = _inspector_alt
 
 # %% ../../nbs/lab/widgets_latents.ipynb #3a630d71
 @lru_cache(maxsize=2)
-def _bench(root) -> Workbench:
+def bench_of(root) -> Workbench:
     "The models of a folder, loaded once for all widgets"
     return Workbench(root)
 
@@ -386,7 +386,7 @@ def load_autoencoder(
     name: str | None = None, # of a decoder stage; the fastest that is there if not given
 ) -> PixelAutoencoder:
     "An autoencoder for work by hand: the distilled one where there is one"
-    bench = _bench(root)
+    bench = bench_of(root)
     name = name or ("distill" if (bench.root / "distill").is_dir() else "decoder")
     return PixelAutoencoder.from_pretrained(bench.root, name, bench.parts.contrastive.vision)
 
@@ -402,7 +402,7 @@ def latent_inspector(
     from vugen.understand.scorers import load_scorers
     gallery = scene_gallery(root=root) if pictures is None else pictures if isinstance(pictures, Gallery) else Gallery(pictures)
     model = model or load_autoencoder(root)
-    scorers = load_scorers(_bench(root).parts, "contrastive") if scorers is None else scorers
+    scorers = load_scorers(bench_of(root).parts, "contrastive") if scorers is None else scorers
     return Panel(prepare(LatentInspector(gallery, model, scorers, **options)))
 
 # %% ../../nbs/lab/widgets_latents.ipynb #47985036
@@ -506,8 +506,8 @@ def explorer_blocks(
     state: ReducerExplorer,
 ) -> dict:
     "Pictures to choose from, and a film over the number of channels"
-    choices = [entry(state.gallery.images[n], "", state.gallery.captions[n], name="picture_number", value=n, mark="chosen" if n == state.index else "") for n in range(state.choices)]
-    frames = [[entry(image, title, alt) for image, title, alt in _pair(state, frame)] for frame in state.frames]
+    choices = kept(state, "choices", state.index, lambda: [entry(state.gallery.images[n], "", state.gallery.captions[n], name="picture_number", value=n, mark="chosen" if n == state.index else "") for n in range(state.choices)])
+    frames = kept(state, "frames", (state.index, len(state.frames)), lambda: [[entry(*shown) for shown in _pair(state, frame)] for frame in state.frames])
     return {"choices": {"kind": "pictures", "label": "pictures to choose from", "heading": "Picture", "size": 48, "items": choices},
             "film": {"kind": "film", "name": "channels", "label": "channels", "key": f"{state.index}-{len(frames)}", "value": state.widths.index(state.channels), "play": False, "columns": 1 + 2 * len(state.models), "size": 128,
                      "frames": frames, "ticks": [_width_label(state, place) for place in range(len(frames))], "notes": [_told(state, frame) for frame in state.frames]}}
@@ -524,7 +524,7 @@ def explorer_picture(
 ) -> Image.Image:
     "The frame of the chosen width beside its picture"
     shown = [(image, title) for image, title, _ in _pair(state, state.frame)]
-    return sheet([shown], 120, f"{state.gallery.captions[state.index]}: {_width_label(state, state.widths.index(state.channels))} channels")
+    return sheet([shown], 128, f"{state.gallery.captions[state.index]}: {_width_label(state, state.widths.index(state.channels))} channels")
 
 def _explorer_alt(self):
     return f"The picture “{self.gallery.captions[self.index]}” and what comes back from {self.channels} channels: {_told(self, self.frame)} Beside each, where it differs."
@@ -540,4 +540,4 @@ def reducer_explorer(
 ) -> Panel:
     "PCA against a learned reducer, with a slider over the number of channels and a view of the differences"
     gallery = scene_gallery(64, root) if pictures is None else pictures if isinstance(pictures, Gallery) else Gallery(pictures)
-    return Panel(prepare(ReducerExplorer(gallery, models or _bench(root).autoencoders, **options)))
+    return Panel(prepare(ReducerExplorer(gallery, models or bench_of(root).autoencoders, **options)))
