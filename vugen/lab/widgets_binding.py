@@ -237,13 +237,13 @@ def _verdict_block(state) -> dict:
         said = "true now" if true[place] else "false now" if true[place] is False else "no scene"
         return [{"text": verdict.captions[place], "note": f"{verdict.kinds[place]}, {said}"}, *cells]
     notes = ["Margin to the scorer's best caption. ✓ green: its choice is true of the scene now; ✗ red: it is false."] + [f"{name}: {why}" for name, why in verdict.notes.items()]
-    return {"kind": "table", "width": 480, "label": "what every scorer says", "head": ["caption", *state.scorers], "rows": [row(place) for place in range(len(verdict.captions))], "notes": notes}
+    return {"kind": "table", "label": "what every scorer says", "head": ["caption", *state.scorers], "rows": [row(place) for place in range(len(verdict.captions))], "notes": notes}
 
 def board_blocks(
     state: BindingBoard,
 ) -> dict:
-    "Board, chosen thing, caption, verdict"
-    return {"caption": _caption_block(state), "board": _board_block(state), "verdict": _verdict_block(state), "thing": _thing_block(state)}
+    "Caption, board, chosen thing, verdict"
+    return {"caption": _caption_block(state), "board": _board_block(state), "thing": _thing_block(state), "verdict": _verdict_block(state)}
 
 # %% ../../nbs/lab/widgets_binding.ipynb #c70ea7f3
 def choices(

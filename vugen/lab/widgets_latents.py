@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from ..data.images import load_image, psnr, to_tensor
 from ..data.scenes import captions as scene_captions
-from ..data.scenes import render, sample_scenes
+from ..data.scenes import NUMBERS, render, sample_scenes
 from ..data.sprites import COLORS
 from ..decode.autoencoder import PixelAutoencoder
 from ..decode.pixel_diffusion import noise_for
@@ -55,7 +55,7 @@ def _attributes(scenes) -> dict[str, list[str]]:
     def of(scene, place, name): return str(getattr(scene.items[place], name)) if place < len(scene.items) else "nothing"
     found = {f"{word} {title}": [of(scene, place, name) for scene in scenes]
              for place, word in enumerate(("first", "second")) for name, title in (("color", "colour"), ("name", "shape"))}
-    return {**found, "relation": [scene.relations[0].name if scene.relations else "none" for scene in scenes], "things": [str(len(scene.items)) for scene in scenes]}
+    return {**found, "relation": [scene.relations[0].name if scene.relations else "none" for scene in scenes], "things": [NUMBERS[len(scene.items) - 1] for scene in scenes]}
 
 def scene_gallery(
     number: int = 160, # of pictures

@@ -200,6 +200,7 @@ function keepFocus(root, draw) {
   if (active && !root.contains(active) && key) { const again = root.querySelector(`[data-key="${key}"]`); if (again) again.focus({ preventScroll: true }); }
 }
 const KINDS = {};
+const OWN = Math.random().toString(36).slice(2, 8); // every widget is a copy of this script, and labels go by document
 let serial = 0;
 """
 
@@ -235,15 +236,15 @@ KINDS.pictures = (send, name) => {
 # %% ../../nbs/lab/widgets_view.ipynb #be8700aa
 _JS_CONTROLS = r"""
 function inputOf(item, send) {
-  const id = `vugen-${++serial}`, options = { id, "data-key": item.name, min: item.min, max: item.max, step: item.step };
-  if (item.type === "button") { const button = make("button", { class: "vugen-button", "data-key": item.name, "aria-label": item.help || item.label, title: item.help, onclick: () => send(item.name, null) }, item.label); return { node: button, set(now) { button.disabled = !!now.disabled; } }; }
+  const id = `vugen-${OWN}-${++serial}`, options = { id, "data-key": item.name, min: item.min, max: item.max, step: item.step };
+  if (item.type === "button") { const button = make("button", { class: "vugen-button", "data-key": item.name, title: item.help, onclick: () => send(item.name, null) }, item.label); return { node: button, set(now) { button.disabled = !!now.disabled; } }; }
   const output = make("output", { for: id }), told = () => { const text = item.type === "range" ? `${Number(input.value).toLocaleString("en", { maximumFractionDigits: 2 })}${item.unit || ""}` : ""; output.textContent = text; if (text) input.setAttribute("aria-valuetext", text); };
   let input;
   if (item.type === "select") input = make("select", { ...options, onchange: () => send(item.name, input.value) }, ...item.options.map(([value, label]) => make("option", { value }, label)));
   else if (item.type === "lines") input = make("textarea", { ...options, rows: item.rows || 3, onchange: () => send(item.name, input.value) });
   else if (item.type === "range") input = make("input", { ...options, type: "range", oninput: () => { told(); send(item.name, Number(input.value)); } });
   else input = make("input", { ...options, type: item.type === "number" ? "number" : "text", onchange: () => send(item.name, item.type === "number" ? Number(input.value) : input.value) });
-  for (const event of ["keydown", "keyup", "keypress"]) input.addEventListener(event, e => e.stopPropagation());
+  for (const event of ["keydown", "keyup", "keypress"]) input.addEventListener(event, e => { if (!e.ctrlKey && !e.metaKey) e.stopPropagation(); });
   const node = make("label", { for: id, class: `vugen-${item.type}`, title: item.help }, make("span", {}, item.label), input, output);
   return { node, set(now) { input.disabled = !!now.disabled; if (document.activeElement !== input || item.type === "select") input.value = now.value ?? ""; told(); } };
 }
@@ -284,7 +285,7 @@ KINDS.film = (send, name) => {
   }
   function stop() { clearInterval(timer); timer = null; play.textContent = "▶ play"; play.setAttribute("aria-label", `play ${block ? block.label : ""}`); }
   slider.addEventListener("input", () => { stop(); choose(Number(slider.value)); });
-  for (const event of ["keydown", "keyup", "keypress"]) slider.addEventListener(event, e => e.stopPropagation());
+  for (const event of ["keydown", "keyup", "keypress"]) slider.addEventListener(event, e => { if (!e.ctrlKey && !e.metaKey) e.stopPropagation(); });
   play.addEventListener("click", () => {
     if (timer) return stop();
     if (at >= block.frames.length - 1) choose(0);
@@ -305,7 +306,7 @@ KINDS.film = (send, name) => {
 # %% ../../nbs/lab/widgets_view.ipynb #3c279986
 _JS_MAP = r"""
 KINDS.map = (send, name) => {
-  const told = `vugen-${++serial}`;
+  const told = `vugen-${OWN}-${++serial}`;
   const svg = make("svg:svg", { viewBox: "-1.1 -1.1 2.2 2.2", tabindex: 0, role: "application", "aria-describedby": told, "data-key": `${name}-map` });
   const dots = make("svg:g"), brush = make("svg:rect", { class: "vugen-brush", visibility: "hidden" }), legend = make("div", { class: "vugen-legend" }), help = make("p", { class: "vugen-note", id: told }), live = make("p", { class: "vugen-note", "aria-live": "polite" });
   svg.append(dots, brush);
@@ -396,7 +397,7 @@ KINDS.patches = (send, name) => {
 # %% ../../nbs/lab/widgets_view.ipynb #be58ef76
 _JS_BOARD = r"""
 KINDS.board = (send, name) => {
-  const told = `vugen-${++serial}`;
+  const told = `vugen-${OWN}-${++serial}`;
   const svg = make("svg:svg", { viewBox: "0 0 1 1", role: "group", "aria-describedby": told }), help = make("p", { class: "vugen-note", id: told }), node = make("div", {}, svg, help);
   let block = null, drag = null;
   const place = event => { const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()); return [p.x, p.y]; };
@@ -475,16 +476,17 @@ STYLE = r"""
 .vugen small { display: block; font-weight: 400; }
 .vugen-row, .vugen-pictures, .vugen-legend { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; }
 .vugen-pictures { gap: 8px; align-items: flex-start; }
-.vugen-row label { display: inline-flex; align-items: center; gap: 6px; max-width: 100%; }
+.vugen-row label { display: inline-flex; flex-wrap: wrap; align-items: center; gap: 6px; max-width: 100%; }
 .vugen-row label.vugen-text, .vugen-row label.vugen-lines { flex: 1 1 280px; }
 .vugen-row label.vugen-range { flex: 1 1 240px; }
-.vugen-row label > span { white-space: nowrap; }
+.vugen select { max-width: 100%; }
 .vugen input, .vugen select, .vugen textarea { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: 3px; padding: 3px 5px; min-width: 0; }
-.vugen input[type=text], .vugen textarea { flex: 1 1 auto; width: 100%; }
+.vugen input[type=text], .vugen textarea { flex: 1 1 140px; width: 100%; }
 .vugen input[type=number] { width: 6em; }
-.vugen input[type=range] { flex: 1 1 auto; padding: 0; accent-color: var(--brand); }
+.vugen input[type=range] { flex: 1 1 120px; padding: 0; accent-color: var(--brand); }
+.vugen output:empty { display: none; }
 .vugen output { min-width: 3.2em; font-variant-numeric: tabular-nums; }
-.vugen-button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line); border-radius: 3px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
+.vugen-button { font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--line); border-radius: 3px; padding: 4px 10px; cursor: pointer; max-width: 100%; }
 .vugen-button:hover { border-color: var(--brand); }
 .vugen-button:disabled { opacity: .5; cursor: default; }
 .vugen :focus-visible { outline: 2px solid var(--brand); outline-offset: 1px; }
@@ -506,9 +508,9 @@ STYLE = r"""
 .vugen-is-board svg { width: 100%; max-width: 360px; aspect-ratio: 1; border: 1px solid var(--line); touch-action: none; display: block; background: #fff; overflow: hidden; }
 .vugen-is-board g { cursor: grab; outline: none; } .vugen-is-board g rect { fill: transparent; stroke: none; } .vugen-is-board g.active rect { stroke: #8888; stroke-width: .005; stroke-dasharray: .02; } .vugen-is-board g:focus rect { stroke: #1976d2; stroke-width: .01; }
 .vugen-scroll { overflow-x: auto; max-width: 100%; } .vugen table { border-collapse: collapse; font-size: 12px; }
-.vugen th, .vugen td { padding: 3px 7px; text-align: left; vertical-align: top; border: 0; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; background: none; white-space: nowrap; } .vugen tbody th { font-weight: 400; min-width: 13em; white-space: normal; }
+.vugen th, .vugen td { padding: 3px 7px; text-align: left; vertical-align: top; border: 0; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; background: none; white-space: nowrap; } .vugen thead th { white-space: normal; vertical-align: bottom; } .vugen tbody th { font-weight: 400; min-width: 13em; white-space: normal; }
 .vugen .right { background-color: #2da44e40; } .vugen .wrong { background-color: #cf222e40; } .vugen td.chosen { background-color: #8a8fa840; } .vugen figure.right, .vugen figure.wrong, .vugen figure.chosen { background: none; }
-.vugen-status { flex-basis: 100%; min-height: 30px; } .vugen-busy { display: flex; gap: 10px; align-items: center; } .vugen-busy progress { flex: 0 1 220px; accent-color: var(--brand); }
+.vugen-status { flex-basis: 100%; min-height: 30px; } .vugen-busy { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: center; } .vugen-busy progress { flex: 0 1 220px; accent-color: var(--brand); }
 .vugen-message { border-left: 3px solid #cf222e; padding: 4px 8px; background: #cf222e22; }
 """
 
