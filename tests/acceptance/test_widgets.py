@@ -223,8 +223,7 @@ def test_latents(opened, lab):
     says(opened, block("patch"), "Change in 2 patches")
     colors = dots.evaluate_all("found => found.map(one => one.getAttribute('fill')).join()")
     block("settings").get_by_label("colour by").select_option("relation")
-    opened.wait_for_timeout(1000)
-    assert dots.evaluate_all("found => found.map(one => one.getAttribute('fill')).join()") != colors
+    opened.wait_for_function("colors => [...document.querySelectorAll('[data-block=map] circle')].map(one => one.getAttribute('fill')).join() !== colors", arg=colors, timeout=WAIT)
     print("redraw of the inspector, ms:", found.get_attribute("data-ms"))
     opened.wait_for_timeout(3000)
     assert any("coloured by relation, 1 selected" in text for text in static_texts(saved(opened, lab, "widgets_latents")))

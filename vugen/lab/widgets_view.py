@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROLS', 'SCRIPT', 'STYLE', 'data_uri', 'entry', 'control', 'State', 'handle', 'finish', 'whole_number',
            'real_number', 'kept', 'plain_font', 'sheet', 'beside', 'sentence', 'Cancelled', 'Panel', 'static_bundle',
-           'bundle', 'show', 'keep_static', 'draw', 'start_work', 'act', 'refresh', 'wait', 'prepare']
+           'bundle', 'show', 'keep_static', 'on_kernel_thread', 'draw', 'start_work', 'act', 'refresh', 'wait',
+           'prepare']
 
 # %% ../../nbs/lab/widgets_view.ipynb #40ef405d
 import base64
@@ -589,7 +590,7 @@ def keep_static(
     "Bring the static picture up to date once the state has come to rest"
     if panel._shown is None: return
     if panel._timer is not None: panel._timer.cancel()
-    panel._timer = threading.Timer(delay, _replace_static, (panel,))
+    panel._timer = threading.Timer(delay, on_kernel_thread, (lambda: _replace_static(panel),))
     panel._timer.daemon = True
     panel._timer.start()
 
@@ -600,6 +601,16 @@ def _replace_static(panel):
     except Exception as error: panel.message = sentence(error)
 
 # %% ../../nbs/lab/widgets_view.ipynb #573551e6
+def on_kernel_thread(
+    say, # called without arguments
+) -> None:
+    "Call `say` in the kernel's own thread: at once where this is it or where there is no kernel, else as soon as its loop is free"
+    from IPython import get_ipython
+    loop = getattr(getattr(get_ipython(), "kernel", None), "io_loop", None)
+    if loop is None or threading.current_thread() is threading.main_thread(): say()
+    else: loop.add_callback(say)
+
+# %% ../../nbs/lab/widgets_view.ipynb #a90b1c67
 def draw(
     panel: Panel,
 ) -> None:
@@ -609,7 +620,7 @@ def draw(
             if getattr(panel, f"block_{name}") != block: setattr(panel, f"block_{name}", block)
     keep_static(panel)
 
-# %% ../../nbs/lab/widgets_view.ipynb #f8e7e2b8
+# %% ../../nbs/lab/widgets_view.ipynb #2628788c
 def start_work(
     panel: Panel,
 ) -> None:
@@ -623,11 +634,17 @@ def _work(panel, earlier, stop):
     "The thread: wait for the one before, then go through the work part by part"
     if earlier is not None: earlier.join()
     try: _go_through(panel, panel.state.work(), stop)
-    except Cancelled: panel.message = "" if panel._stop is not stop else "Cancelled: what was there before stays."
-    except Exception as error: panel.message = sentence(error)
-    finally:
-        if panel._stop is stop: panel.busy = {}
-    if panel._stop is stop: draw(panel)
+    except Cancelled: told = "Cancelled: what was there before stays."
+    except Exception as error: told = sentence(error)
+    else: told = None
+    on_kernel_thread(lambda: _rest(panel, stop, told))
+
+def _rest(panel, stop, told):
+    "After the work, unless newer work has begun: no bar, a word if there is one, the new state"
+    if panel._stop is not stop: return
+    panel.busy = {}
+    if told is not None: panel.message = told
+    draw(panel)
 
 def _go_through(panel, work, stop):
     "Show each part as it is done; stop where somebody said so"
@@ -635,10 +652,15 @@ def _go_through(panel, work, stop):
         if stop.is_set():
             work.close()
             raise Cancelled
-        panel.busy = {"label": what, "done": done, "total": total}
-        if getattr(panel.state, "draws_while_working", False): draw(panel)
+        on_kernel_thread(lambda now={"label": what, "done": done, "total": total}: _progress(panel, stop, now))
 
-# %% ../../nbs/lab/widgets_view.ipynb #755dd64b
+def _progress(panel, stop, now):
+    "Show how far work is, unless it was stopped since"
+    if stop.is_set(): return
+    panel.busy = now
+    if getattr(panel.state, "draws_while_working", False): draw(panel)
+
+# %% ../../nbs/lab/widgets_view.ipynb #56d8fd5e
 def act(
     panel: Panel,
     name: str, # of an action, or "cancel"
@@ -655,7 +677,7 @@ def act(
         start_work(panel)
     except Exception as error: panel.message = sentence(error)
 
-# %% ../../nbs/lab/widgets_view.ipynb #56d8fd5e
+# %% ../../nbs/lab/widgets_view.ipynb #87cc3b68
 def refresh(
     panel: Panel,
 ) -> Panel: # the same
@@ -675,7 +697,7 @@ def wait(
     if worker is not None and worker is not threading.current_thread(): worker.join(timeout)
     return worker is None or not worker.is_alive()
 
-# %% ../../nbs/lab/widgets_view.ipynb #c34cca93
+# %% ../../nbs/lab/widgets_view.ipynb #334eb274
 def prepare(
     state: State, # with work to do
 ) -> State: # the same, finished
