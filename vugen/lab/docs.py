@@ -34,6 +34,15 @@ def notebooks(
     return [p for p in story if p.exists()] + [p for room in ROOMS for p in sorted((nbs / room).glob("*.ipynb"))] + top
 
 # %% ../../nbs/lab/docs.ipynb #dea25a5d
+def _without_widgets(book) -> None:
+    "Drop live widgets and their models, which need this very kernel; their static pictures stay."
+    book.metadata.pop("widgets", None)
+    live = "application/vnd.jupyter.widget-view+json"
+    for cell in book.cells:
+        if cell.cell_type != "code": continue
+        cell.outputs = [output for output in cell.outputs if set(output.get("data", {})) - {live, "text/plain"} or live not in output.get("data", {})]
+        for output in cell.outputs: output.get("data", {}).pop(live, None)
+
 def execute(
     path: Path,  # A notebook; run from top to bottom and saved with its outputs
     timeout: int = 600,  # Seconds a cell may take
@@ -45,6 +54,7 @@ def execute(
     book, start = nbformat.read(path, 4), time.perf_counter()
     NotebookClient(book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in book.cells: cell["metadata"] = {}
+    _without_widgets(book)
     with atomic_path(path) as temporary: nbformat.write(book, temporary)
     subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], check=True)
     return time.perf_counter() - start
