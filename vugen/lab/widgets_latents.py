@@ -29,6 +29,7 @@ from ..encode.reducers import RunningMoments, principal_components
 from ..errors import UserError
 from .widgets_view import Panel, State, beside, control, entry, kept, prepare, real_number, sheet, whole_number
 from .workbench import Workbench, with_foils
+from ..understand.maps import latent_map, nearest
 from ..understand.scorers import world_of
 
 # %% ../../nbs/lab/widgets_latents.ipynb #483758a5
@@ -67,31 +68,6 @@ def scene_gallery(
     scenes = sample_scenes(world, seed, range(number))
     images = torch.stack([to_tensor(Image.fromarray(render(scene, world.image_size)), world.image_size)[0] for scene in scenes])
     return Gallery(images, scene_captions(scenes, world, seed, range(number)), _attributes(scenes))
-
-# %% ../../nbs/lab/widgets_latents.ipynb #6a0a7c14
-def _maps():
-    "Where maps and neighbours come from"
-    try: from vugen.understand import maps
-    except ImportError: return _PlainMaps
-    return maps
-
-class _PlainMaps:
-    "PCA and cosines, where `vugen.understand.maps` is not there"
-    @staticmethod
-    def latent_map(features, method="pca", seed=0):
-        from types import SimpleNamespace
-        rows = torch.as_tensor(features, dtype=torch.float64)
-        if method == "umap":
-            import umap
-            return SimpleNamespace(points=umap.UMAP(random_state=seed, n_jobs=1).fit_transform(rows.numpy()), method=method, explained=None)
-        left, values, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-        return SimpleNamespace(points=(left * values)[:, :2].numpy(), method=method, explained=tuple((values[:2].square() / values.square().sum()).tolist()))
-
-    @staticmethod
-    def nearest(features, queries, k):
-        unit = [torch.nn.functional.normalize(torch.as_tensor(part).double(), dim=-1) for part in (queries, features)]
-        found = (unit[0] @ unit[1].T).topk(k)
-        return found.indices, found.values
 
 # %% ../../nbs/lab/widgets_latents.ipynb #ab15a498
 METHODS = ("pca", "umap")
@@ -231,7 +207,7 @@ def inspector_work(
     if state.latents is None: yield from _encode_all(state)
     if state.method not in state.maps:
         yield f"Laying out by {state.method.upper()}", 0, 1
-        state.maps[state.method] = _maps().latent_map(state.latents.flatten(1), method=state.method, seed=state.seed)
+        state.maps[state.method] = latent_map(state.latents.flatten(1), method=state.method, seed=state.seed)
     state.points = in_frame(state.maps[state.method].points)
     key = sight_key(state)
     if state.sight is None or state.sight["key"] != key:
@@ -257,7 +233,7 @@ def _look(state, key) -> dict:
     "Decode the chosen picture and its change, and score both"
     image = resize_images(state.gallery.images[state.chosen:state.chosen + 1], state.model.image_size)
     before, after = decode_alike(state.model.decoder, torch.stack([state.latents[state.chosen], edited_latents(state)]), state.steps, state.seed).cpu()
-    order, likeness = _maps().nearest(state.latents.flatten(1), state.latents[state.chosen].flatten()[None], state.k + 1)
+    order, likeness = nearest(state.latents.flatten(1), state.latents[state.chosen].flatten()[None], state.k + 1)
     near = [(int(n), float(s)) for n, s in zip(order[0], likeness[0]) if int(n) != state.chosen][:state.k]
     return {"key": key, "image": image[0], "decoded": before, "edited": after, "psnr": float(psnr(before[None], image)[0]), "near": near, "scores": _scores(state, torch.stack([image[0], before, after]))}
 
