@@ -18,7 +18,7 @@ from vugen.generate.text_to_image import generate
 from vugen.lab.widgets import BindingBoard, DenoisingFilm, Gallery, GuidanceExplorer, LatentInspector, Panel, ReducerExplorer, scene_gallery
 from vugen.lab.widgets_binding import altered, choices, inside, retold, truths
 from vugen.lab.widgets_latents import bench_of, decode_alike, edited_latents, in_frame, load_autoencoder, narrowed, narrowing, selection_counts
-from vugen.lab.widgets_sampling import LatentSource, PixelSource, load_samples, missing, quick_decode, walk
+from vugen.lab.widgets_sampling import LatentSource, PixelSource, load_samples, missing, quick_decode
 from vugen.lab.widgets_view import SCRIPT, STYLE, Cancelled, State, bundle, data_uri, entry, finish, handle, kept, static_bundle
 
 
