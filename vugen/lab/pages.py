@@ -45,6 +45,12 @@ def _constants(module: ModuleType) -> str:
     return table([[f"`{name}`", type(values[name]).__name__, f"`{text}`"] for name, text in cut.items()], ["Name", "Type", "Value"])
 
 # %% ../../nbs/lab/pages.ipynb #5a9e000c
+def _symbols(module: ModuleType) -> list:
+    "The public functions and classes that a module defines, in the order of its source (that of `__all__`)."
+    from smalldocs.api import unwrapped
+    found = [unwrapped(getattr(module, name, None)) for name in getattr(module, "__all__", ())]
+    return [each for each in found if (inspect.isfunction(each) or inspect.isclass(each)) and each.__module__ == module.__name__]
+
 def _entry(symbol, module: ModuleType, level: int = 2) -> str:
     "One name with an anchor: heading, signature, docstring, parameters; a class with its fields and methods."
     from smalldocs.api import entry, methods
@@ -58,12 +64,12 @@ def api_page(
     notebook: Path,  # Its notebook, relative to `nbs`
 ) -> str:
     "The Markdown page of a module: every public name with signature, parameters, return value and docstring."
-    from smalldocs.api import own, summary
+    from smalldocs.api import summary
     module = importlib.import_module(f"vugen.{name}")
     front = f"---\ntitle: {json.dumps(f'vugen.{name}')}\ndescription: {json.dumps(summary(module))}\n---"
     constants = _constants(module)
     parts = [front, f"Taught, with examples that run, in the notebook [{notebook.stem}](../{notebook.as_posix()}). [All modules](index.md).",
-             *([f"## Constants {{#constants}}\n\n{constants}"] if constants else []), *(_entry(each, module) for each in own(module))]
+             *([f"## Constants {{#constants}}\n\n{constants}"] if constants else []), *(_entry(each, module) for each in _symbols(module))]
     return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/lab/pages.ipynb #5a9e000f
@@ -71,7 +77,7 @@ def api_pages(
     root: Path,  # A checkout
 ) -> dict[str, str]:  # {path inside the site: Markdown}
     "The page of every module, and `api/index.md`, which lists modules and names room by room."
-    from smalldocs.api import own, summary
+    from smalldocs.api import summary
     known = taught(root)
     pages = {f"api/{name}.md": api_page(name, notebook) for name, notebook in known.items()}
     parts = ["---\ntitle: API\ndescription: Every module of the package with its public names\n---"]
@@ -80,7 +86,7 @@ def api_pages(
         if inside: parts.append(f"## {room or 'house'}")
         for name in inside:
             module = importlib.import_module(f"vugen.{name}")
-            names = " · ".join(f"[{each.__name__}]({name}.md#{each.__qualname__})" for each in own(module))
+            names = " · ".join(f"[{each.__name__}]({name}.md#{each.__qualname__})" for each in _symbols(module))
             parts.append(f"**[vugen.{name}]({name}.md)**: {summary(module)}" + (f"  \n{names}" if names else ""))
     return {**pages, "api/index.md": "\n\n".join(parts) + "\n"}
 
