@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vugen.lab.docs import notebooks, project_root, render_site
-from vugen.lab.pages import broken_links, says_something, speechless, taught
+from vugen.lab.pages import broken_links, introduction, says_something, speechless, taught
 from vugen.paths import checkpoints_dir
 
 ROOT = project_root(Path(__file__).parent)
@@ -77,7 +77,7 @@ def test_every_picture_of_a_notebook_has_words():
 
 def test_words_are_of_one_picture():
     "A text that was copied along with its cell describes another picture."
-    texts = [re.search(r"fig-alt:\s*(.+)", "".join(cell["source"])) for _, cell in CODE]
+    texts = [re.search(r"fig-alt:\s*(.+)", "".join(cell["source"])) for _, cell in CODE if any("image/png" in output.get("data", {}) for output in cell["outputs"])]
     said = [found[1] for found in texts if found]
     assert len(said) > 100 and len(said) == len(set(said))
 
@@ -96,6 +96,16 @@ def test_a_lost_link_and_a_wordless_picture_are_seen(site, tmp_path):
     page = (site / "api/models.flow.html").read_text(encoding="utf-8")
     (tmp_path / "one.html").write_text(page.replace("</main>", '<a href="#nowhere">x</a><img src="one.html" alt="output"></main>'), encoding="utf-8")
     assert "one.html: #nowhere" in broken_links(tmp_path) and speechless(tmp_path) == ['one.html: alt="output"']
+
+
+def test_the_introduction_of_a_notebook_reaches_its_page(site):
+    "nbdev makes the first cell into title and description, and drops the rest of it."
+    bare = functools.partial(re.sub, r"<[^>]+>|\W", "")
+    for path in notebooks(ROOT):
+        text = re.sub(r"\$[^$]*\$|`[^`]*`|\]\([^)]*\)|[*_|<>&\\]", "", introduction(json.loads(path.read_text(encoding="utf-8"))).split("\n")[0])
+        words = sorted(re.split(r"[\[.,:;()\"'“”’]", text), key=len)[-1].strip()
+        page = (site / path.relative_to(ROOT / "nbs")).with_suffix(".html").read_text(encoding="utf-8")
+        assert bare("", page).count(bare("", words)) or not words, (path.name, words)
 
 
 def test_an_api_page_tells_signature_parameters_and_docstring(site):
