@@ -158,12 +158,13 @@ def render_site(
     out: Path,  # Where the staged notebooks and the site go
 ) -> Path:
     "Render with smalldocs and check pages, internal links and alternative texts; returns the site's folder."
-    from vugen.lab.pages import broken_links, speechless
+    from vugen.lab.pages import broken_links, formulas_to_mathml, speechless
     stage, binaries = stage_site(root, out), Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     run = subprocess.run([binaries / "smalldocs", "render", str(stage)], capture_output=True, text=True, env=env)
     site = stage / "_docs"
     if run.returncode or not site.is_dir(): raise RuntimeError(f"smalldocs failed:\n{run.stdout}{run.stderr}")
+    for page in site.rglob("*.html"): page.write_text(formulas_to_mathml(page.read_text(encoding="utf-8")), encoding="utf-8")
     pages = {p.relative_to(site).with_suffix("").as_posix() for p in site.rglob("*.html")}
     missing = [n for n in (p.relative_to(root / "nbs").with_suffix("").as_posix() for p in notebooks(root)) if n not in pages]
     wrong = [f"no page for {m}" for m in missing] + [f"leads nowhere: {b}" for b in broken_links(site)] + [f"has no words: {s}" for s in speechless(site)]
