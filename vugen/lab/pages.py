@@ -51,11 +51,16 @@ def _symbols(module: ModuleType) -> list:
     found = [unwrapped(getattr(module, name, None)) for name in getattr(module, "__all__", ())]
     return [each for each in found if (inspect.isfunction(each) or inspect.isclass(each)) and each.__module__ == module.__name__]
 
+def _literal(text: str) -> str:
+    "Markdown whose `<words>` outside code are words and no tags of HTML."
+    parts = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if place % 2 else re.sub(r"<(?=[A-Za-z/!])", r"\\<", part) for place, part in enumerate(parts))
+
 def _entry(symbol, module: ModuleType, level: int = 2) -> str:
     "One name with an anchor: heading, signature, docstring, parameters; a class with its fields and methods."
     from smalldocs.api import entry, methods
     head, _, rest = entry(symbol, level).partition("\n")
-    parts = [f"{head} {{#{symbol.__qualname__}}}", rest.strip()]
+    parts = [f"{head} {{#{symbol.__qualname__}}}", _literal(rest.strip())]
     if inspect.isclass(symbol): parts += [_fields(symbol, module), *(_entry(each, module, level + 1) for each in methods(symbol))]
     return "\n\n".join(part for part in parts if part)
 
