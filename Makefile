@@ -34,7 +34,8 @@ lab: install  ## Open JupyterLab on the tour
 
 test: install check  ## Install and run every check
 
-check: sync lint notebooks-test pytest site
+check: sync lint notebooks-test site  ## Every check; the site is rendered once and then opened by the browser tests
+	VUGEN_SITE=$(CURDIR)/_site/site/_docs $(MAKE) pytest
 
 sync:  ## Notebooks, package and README say the same
 	$(BIN)/python -m pytest -q tests/acceptance/test_sync.py
@@ -57,7 +58,7 @@ notebooks:  ## Run every notebook and keep its outputs
 readme:  ## Write README.md from nbs/index.ipynb
 	$(BIN)/python -m vugen.lab.docs readme
 
-site:  ## Render the site without Quarto and check its pages and links
+site:  ## Render the site without Quarto and check its pages, links and alternative texts
 	$(BIN)/python -m vugen.lab.docs site
 
 clean:  ## Remove what can be made again
