@@ -410,14 +410,19 @@ def test_a_past_result_restores_its_settings_and_can_be_downloaded(page):
     assert told["settings"] == {"prompt": "a green star", "guidance": told["settings"]["guidance"], "steps": 7, "seed": 5, "pictures": 1} and told["seed"] == 5
     assert told["versions"]["torch"] and len(told["checkpoints"]["generator"]) == 16 and len(told["numbers"]["as_asked"]) == 1 and waited.value.suggested_filename == "vugen-generate.json"
     field(page, "prompt").fill("a red circle")
-    page.locator("#steps input[type=number]").fill("50")
+    page.locator("#steps input[type=number]").fill("9")
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_function("before => document.querySelectorAll('#past .thumbnail-item').length > before || before >= 24", arg=before + 1, timeout=WAIT)
     tab(page, "Bind")
-    past(page).first.click()
+    past(page).nth(1).click()
     wait_for(page, "prompt", "a green star")
+    page.wait_for_function("() => !document.querySelector('#told p')", timeout=WAIT)  # what was said of the red circle is gone
+    with page.expect_download() as waited: page.locator("#json-generate").click()
+    assert json.loads(Path(waited.value.path()).read_text())["settings"]["prompt"] == "a green star"
     assert page.get_by_role("tab", name="Generate").get_attribute("aria-selected") == "true" and page.locator("#steps input[type=number]").input_value() == "7"
     page.get_by_role("button", name="Generate", exact=True).click()
     page.wait_for_function("before => document.querySelectorAll('#past .thumbnail-item').length > before", arg=past(page).count(), timeout=WAIT)
-    first, second = (page.locator("#past .thumbnail-item img").nth(place).get_attribute("src") for place in (0, 1))
+    first, second = (page.locator("#past .thumbnail-item img").nth(place).get_attribute("src") for place in (0, 2))
     assert first.rsplit("/", 2)[-2] == second.rsplit("/", 2)[-2], "the same settings draw the same picture"
 
 

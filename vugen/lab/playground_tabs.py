@@ -117,7 +117,12 @@ def kept_words(
     "What each latent space kept, in sentences."
     told = [f"<p><b>{each['latents']}</b>, {each['numbers_a_patch']} numbers a patch (r = {ratio}): {each['psnr']:.1f} dB, {max(0, 100 * each['token_share']):.0f}% of what sets this picture's tokens apart from the average"
             + ("" if each["caption_read"] is None else f"; the scene parser still reads <i>{html.escape(caption)}</i> ✓" if each["caption_read"] else f"; the scene parser no longer reads <i>{html.escape(caption)}</i> ✗") + ".</p>" for each in numbers]
-    return f'<div class="told">{"".join(told)}<p><small>Grey: nothing differs. PCA keeps most of the tokens; the learned reducer keeps what the decoder draws with.</small></p></div>'
+    return f'<div class="told">{"".join(told)}<p><small>Grey: nothing differs.{_kept_more(numbers)}</small></p></div>'
+
+def _kept_more(numbers): # said only where it is so
+    if len(numbers) != 2: return ""
+    tokens, picture = (max(numbers, key=lambda each: each[name])["latents"] for name in ("token_share", "psnr"))
+    return f" {tokens} keeps more of the tokens, {picture} more of the picture." if tokens != picture else f" {tokens} keeps more of both, tokens and picture."
 
 # %% ../../nbs/lab/playground_tabs.ipynb #b214adcd
 def on_generate(bench, prompt, guidance, steps, seed, number):
