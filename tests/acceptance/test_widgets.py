@@ -183,7 +183,7 @@ def test_the_smallest_widget(opened, lab):
     assert slider.evaluate("e => document.activeElement === e") # the keyboard stays
     assert not opened.locator("[data-vugen-static]").first.is_visible() # the static picture hides while the widget lives
     opened.wait_for_timeout(1500)
-    assert static_texts(saved(opened, lab, "widgets_view"))[-1] == "A grey of 50%."
+    assert static_texts(saved(opened, lab, "widgets_view"))[-1] == "A plain grey square at a level of 50%."
     assert_all_is_seen(opened, found)
 
 
