@@ -178,7 +178,7 @@ def says_something(
     alt: str,  # Alternative text of a picture
 ) -> bool:
     "Whether a text tells what a picture shows: three words or more, no file name, no word for *picture* alone."
-    return len(re.findall(r"[^\W\d_]{2,}", alt)) >= 3 and not re.search(r"(?i)output of the cell|^(figure|image|picture|output|plot)[\s\d.:-]*$|\.(png|jpe?g|svg)$", alt.strip())
+    return len(re.findall(r"[^\W_]+", alt)) >= 3 and not re.search(r"(?i)output of the cell|^(figure|image|picture|output|plot)[\s\d.:-]*$|\.(png|jpe?g|svg)$", alt.strip())
 
 def speechless(
     site: Path,  # A rendered site
