@@ -136,6 +136,7 @@ def _introduced(
     "The notebook with a text under its title."
     cells = [cell for cell in notebook["cells"] if cell.get("id") != "introduction"]
     first = next((place for place, cell in enumerate(cells) if "title:" in "".join(cell["source"]) or cell["cell_type"] == "markdown"), -1)
+    for cell in cells: cell.update({"outputs": [each for each in cell["outputs"] if not re.search(r"<iframe[^>]*//(127\.0\.0\.1|localhost)", "".join(each.get("data", {}).get("text/html", "")))]} if "outputs" in cell else {})
     added = [{"cell_type": "markdown", "id": "introduction", "metadata": {}, "source": text}] if text else []
     return {**notebook, "cells": [*cells[:first + 1], *added, *cells[first + 1:]]}
 
@@ -177,7 +178,7 @@ def says_something(
     alt: str,  # Alternative text of a picture
 ) -> bool:
     "Whether a text tells what a picture shows: three words or more, no file name, no word for *picture* alone."
-    return len(re.findall(r"[^\W\d_]{2,}", alt)) >= 3 and not re.search(r"(?i)output of the cell|^(figure|image|picture|output|plot)[\s\d.:-]*$|\.(png|jpe?g|svg)$", alt.strip())
+    return len(re.findall(r"[^\W_]+", alt)) >= 3 and not re.search(r"(?i)output of the cell|^(figure|image|picture|output|plot)[\s\d.:-]*$|\.(png|jpe?g|svg)$", alt.strip())
 
 def speechless(
     site: Path,  # A rendered site
