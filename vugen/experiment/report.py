@@ -478,6 +478,8 @@ def curves_figure(
     axes = figure.subplots(-(-len(arms) // columns), columns, sharey=True, squeeze=False).flatten()
     for axis, arm in zip(axes, arms): _curve_panel(axis, arm, analysis)
     for axis in axes[len(arms):]: axis.set_axis_off()
+    seen = [place for (arm, family), each in analysis.curves.items() for place in each.samples if place > 0]
+    for axis in axes[: len(arms)]: axis.set_xlim(min(seen) * 0.9, max(seen) * 1.1) # equal places, equal pictures
     axes[0].legend(fontsize=7, loc="upper left")
     ends = "; ".join(f"{arm}: " + ", ".join(f"{family} {analysis.curves[arm, family].values[0].mean():.0%} to {analysis.curves[arm, family].values[-1].mean():.0%}" for family in KINDS if (arm, family) in analysis.curves) for arm in arms)
     return _picture(figure, "curves", "Atoms and binding along training", f"Accuracy of atoms and binding against pictures seen on a logarithmic scale, one panel for each arm, with 95% bands and a dashed line at chance. From the first to the last moment, {ends}.")

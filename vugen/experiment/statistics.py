@@ -656,7 +656,8 @@ def lag(
     ends = [reach(each.samples, each.values.mean((1, 2)), level) for each in (atoms, binding)]
     if math.isinf(ends[0]): return {"level": level, "value": None, "low": None, "high": None, "at_least": None}
     drawn = [reach(each.samples, curve_draws(each, draws), level) for each in (atoms, binding)]
-    ratio = (drawn[1] / drawn[0])[np.isfinite(drawn[0])]  # draws in which atoms never arrive tell nothing of the lag
+    drawn = [each[np.isfinite(drawn[0])] for each in drawn]
+    ratio = drawn[1] / drawn[0]  # draws in which atoms never arrive tell nothing of the lag
     value, low, high = drawn_interval(ends[1] / ends[0], ratio, len(atoms.seeds))
     return {"level": level, "value": value, "low": low, "high": high, "at_least": float(binding.samples[-1] / ends[0])}
 

@@ -10,7 +10,7 @@ import os
 from functools import partial, wraps
 from pathlib import Path
 from ..errors import UserError
-from .playground_experiment import numbers_of, result_folders
+from .playground_experiment import TIMELY, numbers_of, result_folders
 from .playground_fields import LIMITS, picture_strip, polite, some_of
 from .playground_gallery import Result, Shelf, download_of, picture_of, record_of, tiles
 from .playground_guard import KEPT_SECONDS, Guard, answer_misfits, credentials, fetch_nothing, give_back_memory, private_folder, write_once
@@ -44,7 +44,7 @@ CSS = """
 #starters .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; }
 .verdict td small { opacity: .75; font-weight: 400; }
 .report table { border-collapse: collapse; font-size: .85em; margin: .6em 0 1em; }
-.report caption { display: block; text-align: left; font-weight: 600; padding: .3em 0; white-space: normal; max-width: calc(100vw - 70px); }
+.report caption { caption-side: top; text-align: left; font-weight: 600; padding: .3em 0; white-space: normal; max-width: calc(100vw - 70px); }
 .pictures .empty { min-height: 4em !important; height: 4em !important; }
 .report th, .report td { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: .3em .6em; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
 .report th[scope=row], .report td:last-child { text-align: left; min-width: 9em; }
@@ -194,11 +194,13 @@ def _wire_carries(gradio, buttons, tabs, panels, fields, sampled, made):
 def _wire_experiment(folders, tab, pieces):
     "A view is shown when the tab is opened or a choice changes."
     name, view, moment, page, download = pieces
+    import gradio
     if not folders: return
     show = polite(partial(on_experiment, folders))
     def numbers(chosen): return download_of(Result("Experiment", chosen, {"results": chosen}, numbers_of(folders[some_of(chosen, "results", tuple(folders))[0]]), {"program": "vugen play"}))
     for event in (tab.select, name.change): event(show, [name, view, moment], page, api_visibility="private").then(polite(numbers), name, download, show_progress="hidden", api_visibility="private")
     view.change(show, [name, view, moment], page, api_name="experiment")
+    view.change(lambda chosen: gradio.Radio(visible=chosen in TIMELY), view, moment, show_progress="hidden", api_visibility="private")
     moment.change(show, [name, view, moment], page, api_visibility="private")
 
 # %% ../../nbs/lab/playground.ipynb #ca7b5243
