@@ -134,3 +134,14 @@ def test_by_name():
 def test_bad_input_is_one_sentence(call, said):
     with pytest.raises(UserError) as caught: call()
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_edges_of_the_geometry_are_told_in_a_sentence():
+    import pytest
+    from vugen.errors import UserError
+    from vugen.understand.geometry import cka_table, two_nn
+    features = np.random.default_rng(0).standard_normal((10, 3))
+    with pytest.raises(UserError, match="from 0 to less than 1"): two_nn(features, discard=-1)
+    with pytest.raises(UserError, match="no layers"): cka_table({}, {})
+    few = {"layer": torch.from_numpy(features)}
+    assert np.allclose(cka_table(few, few, batch_size=16), cka_table(few, few))

@@ -76,3 +76,12 @@ def test_without_umap_the_mend_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "umap", None)
     with pytest.raises(UserError, match="umap-learn"): latent_map(RNG.normal(size=(40, 4)), "umap")
     assert latent_map(RNG.normal(size=(20, 4)), "umap").method == "pca"
+
+
+def test_a_colour_that_lacks_the_first_form_is_in_the_legend_too():
+    import matplotlib
+    matplotlib.use("agg")
+    from vugen.understand.maps import latent_map, plot_map
+    found = latent_map(np.random.default_rng(0).standard_normal((6, 4)))
+    axis = plot_map(found, ["red"] * 3 + ["blue"] * 3, marks=["circle"] * 3 + ["square"] * 3)
+    assert sorted(axis.get_legend_handles_labels()[1]) == ["blue", "red"]

@@ -72,6 +72,7 @@ def two_nn(
     discard: float = 0.1,  # share of the largest ratios that are left out
 ) -> float:
     "Intrinsic dimension from the two nearest neighbours (Facco et al., 2017)"
+    if not 0 <= discard < 1: raise UserError(f"discard is {discard}: give a share from 0 to less than 1.")
     first, second = neighbour_distances(features, 2).T
     ratios = np.sort(np.log(second / first))
     keep = max(int(len(ratios) * (1 - discard)), 1)
@@ -216,11 +217,12 @@ def cka_table(
     first: Mapping,  # layer → [n, D]
     second: Mapping,  # layer → [n, E], of the same pictures
     kernel: str = "linear",  # one of `KERNELS`
-    batch_size: int | None = None,  # pictures of a minibatch; none compares all at once
+    batch_size: int | None = None,  # pictures of a minibatch, at least 4; pictures that fill none are left out; none compares all at once
 ) -> np.ndarray:  # [layers, layers], debiased
     "CKA of every layer of one encoder with every layer of another"
+    if not first or not second: raise UserError("an encoder has no layers to compare: name some that it has.")
     counter, n = MinibatchCKA(kernel), len(next(iter(first.values())))
-    size = batch_size or n
+    size = min(batch_size or n, n)
     for start in range(0, n - n % size, size): counter.update(*([features[start:start + size] for features in layers.values()] for layers in (first, second)))
     return counter.value()
 

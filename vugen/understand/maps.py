@@ -91,10 +91,12 @@ def plot_map(
     if len(labels) != len(found): raise UserError(f"{len(labels)} labels were given for {len(found)} points: give one each.")
     axis = axis or plt.subplots(figsize=(4.6, 4), dpi=80)[1]
     names, forms = list(dict.fromkeys(sorted(labels))), list(dict.fromkeys(sorted(marks or [""])))
+    named = set()
     for number, name in enumerate(names):
         for place, form in enumerate(forms):
             rows = [row for row in range(len(labels)) if labels[row] == name and (marks is None or marks[row] == form)]
-            if rows: axis.scatter(*found.points[rows].T, s=14, color=PALETTE.get(name, f"C{number % 10}"), marker=MARKERS[place % len(MARKERS)], label=name if place == 0 or marks is None else None, linewidths=0, alpha=.8)
+            if rows: axis.scatter(*found.points[rows].T, s=14, color=PALETTE.get(name, f"C{number % 10}"), marker=MARKERS[place % len(MARKERS)], label=None if name in named else name, linewidths=0, alpha=.8)
+            named |= {name} if rows else set()
     shares = found.explained or (None, None)
     axis.set(title=title, xticks=[], yticks=[], xlabel=f"{shares[0]:.0%} of the variance" if found.explained else "UMAP", ylabel=f"{shares[1]:.0%}" if found.explained else "")
     return axis
