@@ -46,8 +46,11 @@ lint:  ## Undefined names, unused imports
 notebooks-test:  ## Run every notebook from top to bottom
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 
-pytest:  ## Numerical, property, fault and browser tests
-	$(BIN)/python -m pytest -q -rs --ignore=tests/acceptance/test_sync.py tests
+pytest:  ## Numerical, property, fault and browser tests, in two halves side by side
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -q -rs --ignore=tests/acceptance/test_sync.py tests/acceptance >$(VENV)/acceptance.log 2>&1 & acceptance=$$!; \
+	$(BIN)/python -m pytest -q -rs tests/unit tests/integration; first=$$?; \
+	wait $$acceptance; second=$$?; cat $(VENV)/acceptance.log; exit $$((first | second))
 
 export:  ## Clean the notebooks and write the package from them
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
