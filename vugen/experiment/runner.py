@@ -298,19 +298,32 @@ def run_plan(
     show: bool = True, # progress
 ) -> dict: # done and left: lists of (arm, seed); signal, if one ended it
     "All jobs that nobody holds, one after the other; several processes may call it on one folder"
-    start, signal, worked = time.monotonic(), 0, True
+    start, stopped, worked = time.monotonic(), 0, True
     jobs = here.jobs(arms, seeds)
     def left(): return [job for job in jobs if not here.done(*job)]
-    for seed in {seed for _, seed in jobs}: _tidy(here, seed) # of a process that was killed between the record and this
-    while left() and worked and not signal:
-        worked = False
-        for name, seed in left():
-            if minutes is not None and time.monotonic() - start > 60 * minutes: break
-            with _held(here, name, seed) as mine:
-                if not mine or here.done(name, seed): continue
-                try: run_job(here, name, seed, device, show); worked = True
-                except Stopped as stop: signal = stop.signal; break
-    return {"done": [job for job in jobs if here.done(*job)], "left": left(), "signal": signal}
+    def late(): return minutes is not None and time.monotonic() - start > 60 * minutes
+    try:
+        with _leaving():
+            for seed in {seed for _, seed in jobs}: _tidy(here, seed) # of a process that was killed between the record and this
+            while left() and worked:
+                worked = False
+                for name, seed in left():
+                    with _held(here, name, seed) as mine:
+                        if late() or not mine or here.done(name, seed): continue
+                        run_job(here, name, seed, device, show); worked = True
+    except Stopped as stop: stopped = stop.signal
+    return {"done": [job for job in jobs if here.done(*job)], "left": left(), "signal": stopped}
+
+@contextlib.contextmanager
+def _leaving():
+    "A wish to end is followed wherever it comes, while a job is scored too; training answers it by itself and saves its state"
+    import signal, threading
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    def leave(number, frame): raise Stopped(number)
+    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGINT)}
+    try: yield
+    finally:
+        for each, handler in before.items(): signal.signal(each, handler)
 
 @contextlib.contextmanager
 def _held(here, name, seed):
