@@ -86,10 +86,10 @@ def test_logits_are_the_same_to_the_bit_or_they_are_not(root, family):
     one, questions = TransformersAnswerer.from_pretrained(root / family), [shown(number) for number in range(5)]
     twin, moved = (TransformersAnswerer(copy.deepcopy(one.model), one.processor, "twin") for _ in range(2))
     weight = moved.model.lm_head.weight
-    weight.data[3, 3] = torch.nextafter(weight.data[3, 3], torch.tensor(9.))  # the next number that float32 has
+    weight.data[3, 3] += 1e-5  # more than the sums of float32 round away, whatever their order
     same, other = rows(same_logits(one, twin, questions, most=3)), rows(same_logits(one, moved, questions, most=3))
     assert same["sample", "logits bit-identical"]["value"] == 1 and same["sample", "largest logit difference"]["value"] == 0 and same["sample", "logits bit-identical"]["n"] == 3
-    assert other["sample", "logits bit-identical"]["value"] < 1 and 0 < other["sample", "largest logit difference"]["value"] < 1e-4
+    assert other["sample", "logits bit-identical"]["value"] < 1 and 0 < other["sample", "largest logit difference"]["value"] < 1e-3
     with pytest.raises(UserError, match="compute some"): same_logits(one, oracle(), questions)
     with pytest.raises(UserError, match="no question of the sample"): same_logits(one, twin, [Question("mme", "x", "Is it?", ("yes",), ("Yes", "No"), (b"broken",))])
 
