@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export GRADIO_ANALYTICS_ENABLED := False
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install play lab test check sync lint notebooks-test pytest notebooks export readme site clean
+.PHONY: help install play lab test check sync lint notebooks-test unit integration acceptance notebooks export readme site clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,8 +34,9 @@ lab: install  ## Open JupyterLab on the tour
 
 test: install check  ## Install and run every check
 
-check: sync lint notebooks-test site  ## Every check; the site is rendered once and then opened by the browser tests
-	VUGEN_SITE=$(CURDIR)/_site/site/_docs $(MAKE) pytest
+check:  ## Every check, two at a time; each prints when it ends, and one that fails does not keep the others from running
+	@echo "Running sync, site, unit, acceptance, notebooks-test, integration and lint, two at a time: each prints when it ends."
+	@OMP_NUM_THREADS=1 $(MAKE) -j2 -k -O --no-print-directory sync site unit acceptance notebooks-test integration lint
 
 sync:  ## Notebooks, package and README say the same
 	$(BIN)/python -m pytest -q tests/acceptance/test_sync.py
@@ -44,13 +45,16 @@ lint:  ## Undefined names, unused imports
 	$(BIN)/ruff check vugen tests
 
 notebooks-test:  ## Run every notebook from top to bottom
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 1 --timing
 
-pytest:  ## Numerical, property, fault and browser tests, in two halves side by side
-	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -q -rs --ignore=tests/acceptance/test_sync.py tests/acceptance >$(VENV)/acceptance.log 2>&1 & acceptance=$$!; \
-	$(BIN)/python -m pytest -q -rs tests/unit tests/integration; first=$$?; \
-	wait $$acceptance; second=$$?; cat $(VENV)/acceptance.log; exit $$((first | second))
+unit:  ## Numerical, property and fault tests
+	$(BIN)/python -m pytest -q -rs tests/unit
+
+integration:  ## Whole trainings, the runner, the wheel
+	$(BIN)/python -m pytest -q -rs tests/integration
+
+acceptance: site  ## The program, and playground, widgets and site in a browser; the site is the one that was rendered
+	VUGEN_SITE=$(CURDIR)/_site/site/_docs $(BIN)/python -m pytest -q -rs --ignore=tests/acceptance/test_sync.py tests/acceptance
 
 export:  ## Clean the notebooks and write the package from them
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export

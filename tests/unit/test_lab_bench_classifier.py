@@ -185,7 +185,7 @@ main(sys.argv[1:])
 
 
 def test_a_bench_that_is_killed_goes_on_to_the_same_rows(tmp_path):
-    words = ["--items", "24", "--samples", "32", "--json"]
+    words = ["--items", "8", "--samples", "32", "--json"]
     folder = tmp_path / "killed"
     run = subprocess.Popen([sys.executable, "-c", LIVE, "bench", "classifier", "--errors", str(folder), *words, str(tmp_path / "never.json")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"})
@@ -195,14 +195,14 @@ def test_a_bench_that_is_killed_goes_on_to_the_same_rows(tmp_path):
     finally: run.kill(); run.wait()
     assert run.returncode == -signal.SIGKILL and not (tmp_path / "never.json").exists()
     kept = len(ErrorStore(folder))
-    assert 0 < kept < 24 * 2 * 32
+    assert 0 < kept < 8 * 2 * 32
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         ran(["--errors", str(folder), *words, str(tmp_path / "resumed.json")])
         ran([*words, str(tmp_path / "whole.json")])
     finally: torch.set_num_threads(threads)
-    assert computed(tmp_path / "resumed.json") == [24 * 2 * 32 - kept] and computed(tmp_path / "whole.json") == [24 * 2 * 32]
+    assert computed(tmp_path / "resumed.json") == [8 * 2 * 32 - kept] and computed(tmp_path / "whole.json") == [8 * 2 * 32]
     assert same_numbers(tmp_path / "resumed.json") == same_numbers(tmp_path / "whole.json")
 
 

@@ -87,9 +87,9 @@ def load_weights(
 ) -> None:
     "Load `model.safetensors` into `module` strictly; weights of another architecture are refused with a sentence."
     weights = read_weights(folder)
-    expected = module.state_dict()
+    expected, elsewhere = module.state_dict(), _unsaved(module)
     wrong = [k for k in weights.keys() | expected.keys() if k not in weights or k not in expected or weights[k].shape != expected[k].shape]
-    wrong = [k for k in wrong if k in weights or k not in _unsaved(module)]
+    wrong = [k for k in wrong if k in weights or k not in elsewhere]
     if wrong: raise UserError(f"{Path(folder) / WEIGHTS_FILE} does not fit {type(module).__name__} (first difference: {sorted(wrong)[0]}): it belongs to another model or version; train it again.")
     module.load_state_dict(weights, strict=False)
 
