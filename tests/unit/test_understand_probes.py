@@ -150,6 +150,9 @@ def test_dealt_labels_keep_their_counts_and_the_test_set():
     assert moved > 100
 
 
+SMALL = World(counts={1: 1.}, shapes=("circle", "square", "star"), colors=("red", "green", "blue"))  # few questions
+
+
 class Colors:
     "Four tokens of mean color; pooled repeats the mean token"
     name, hidden_size, grid, image_size = "colors", 3, (2, 2), 32
@@ -159,7 +162,7 @@ class Colors:
 
 
 def test_probe_encoder_rows():
-    data = probe_data(World(counts={1: 1.}), 200, 100)
+    data = probe_data(SMALL, 200, 100)
     rows = probe_encoder(Colors(), data=data, vectors={"brightness": lambda images: images.mean((1, 2, 3))[:, None]})
     assert {row["readout"] for row in rows} == {"linear on the pooled vector", "linear on the brightness", "attention on the tokens"}  # the mean token is the pooled vector: not told twice
     for row in rows:
@@ -193,7 +196,7 @@ def test_run_probe_on_a_saved_encoder(tmp_path):
     import json
     from vugen.encode.contrastive import ContrastiveModel
     from vugen.generate.vlm import world_words
-    world = World(counts={1: 1.})
+    world = SMALL
     torch.manual_seed(5)
     ContrastiveModel(world_words(world), patch_size=8, hidden_size=16, num_layers=1, num_heads=2, text_hidden_size=16, text_layers=1, projection_dim=8).save_pretrained(tmp_path / "contrastive")
     (tmp_path / "contrastive" / "run.json").write_text(json.dumps({"world": world.asdict()}))
