@@ -47,12 +47,14 @@ CSS = """
 .report caption { caption-side: top; text-align: left; font-weight: 600; padding: .3em 0; white-space: normal; max-width: calc(100vw - 70px); }
 .pictures .empty { min-height: 4em !important; height: 4em !important; }
 .report th, .report td { border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important; padding: .3em .6em; text-align: right; vertical-align: top; font-variant-numeric: tabular-nums; }
-.report th[scope=row], .report td:last-child { text-align: left; min-width: 9em; }
+.report table, .report tr { border: 0 !important; }
+.report th[scope=row], .report th[scope=col]:first-child { text-align: left; min-width: 9em; }
+.report .words td:first-of-type, .report .words th[scope=col]:nth-child(2) { text-align: left; min-width: 11em; }
 .report .wide { overflow-x: auto; max-width: 100%; margin: .6em 0; }
 .report figure img { background: #fff; border-radius: 6px; min-width: 560px; max-width: 100%; height: auto; }
 .report figcaption, .report .note { font-size: .85em; opacity: .75; }
 .report pre, #experiment pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: .6em; background: var(--background-fill-secondary); border-radius: 6px; }
-.before { border-left: 3px solid #d4a72c; padding: .1em .8em; font-size: .92em; }
+.before p { border-left: 3px solid #d4a72c; padding: .1em .8em; margin: 0; }
 .cancel { flex-grow: 0 !important; }
 #past .grid-container { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); }
 #past .thumbnail-item img { image-rendering: auto; }
@@ -71,9 +73,10 @@ footer { display: none !important; }
   .verdict table, .verdict tbody { display: block; }
   .verdict thead { display: none; }
   .verdict tr { display: grid; grid-template-columns: repeat(4, 1fr); margin: 0; padding: .5em 0; }
-  #compared .verdict tr { display: flex; flex-wrap: wrap; }
-  #compared .verdict td { flex: 1 1 8em; }
-  #compared .verdict td:first-child { flex-basis: 100%; }
+  #compared .verdict tr, .verdict tr:not(:has(> td:nth-child(5))) { display: flex; flex-wrap: wrap; }
+  .verdict td { flex: 1 1 5em; }
+  #compared .verdict td { flex-basis: 8em; }
+  .verdict td:first-child, #compared .verdict td:first-child { flex-basis: 100%; }
   .verdict td:not(:first-child) { margin: 0; padding: .4em 0 .4em .5em; }
   .verdict td:first-child { grid-column: 1 / -1; font-weight: 600; }
   .verdict td:not(:first-child)::before { content: attr(data-scorer); display: block; font-size: 10px; font-weight: 400; opacity: .75; }
@@ -137,7 +140,8 @@ def fields_of(
 INTRO = """# vugen
 Does a model understand what it cannot generate? **Bind**: which encoder confuses left with right? **Reconstruct**: what does its latent space keep? **Generate**: what does the generator make of the same caption?"""
 
-TO_TABS = "() => { const bar = document.querySelector('#tabs'); if (bar.getBoundingClientRect().top < 0) bar.scrollIntoView(); }"
+# once the other tab stands: until then the page is short, and the browser still moves it
+TO_TABS = "() => { setTimeout(() => { const bar = document.querySelector('#tabs'); if (innerWidth <= 640 || bar.getBoundingClientRect().top < 0) bar.scrollIntoView(); }, 150); }"
 
 def _wire_actions(bench, shelf, panels, results, past):
     "Buttons ask the models; a refused one leaves nothing old behind, and Cancel ends what waits or runs."
@@ -215,13 +219,12 @@ def _wire_notes(gradio, bench, panels, to_generate, read, take):
 def _wire_experiment(folders, tab, pieces):
     "A view is shown when the tab is opened or a choice changes."
     name, view, moment, page, download = pieces
-    import gradio
     if not folders: return
     show = polite(partial(on_experiment, folders))
     def numbers(chosen): return download_of(Result("Experiment", chosen, {"results": chosen}, numbers_of(folders[some_of(chosen, "results", tuple(folders))[0]]), {"program": "vugen play"}))
     for event in (tab.select, name.change): event(show, [name, view, moment], page, api_visibility="private").then(polite(numbers), name, download, show_progress="hidden", api_visibility="private")
+    view.change(None, view, moment, js=f"chosen => ({{__type__: 'update', visible: {list(TIMELY)}.includes(chosen)}})", show_progress="hidden", api_visibility="private")  # first, so that it need not wait for the view
     view.change(show, [name, view, moment], page, api_name="experiment")
-    view.change(lambda chosen: gradio.Radio(visible=chosen in TIMELY), view, moment, show_progress="hidden", api_visibility="private")
     moment.change(show, [name, view, moment], page, api_visibility="private")
 
 # %% ../../nbs/lab/playground.ipynb #ca7b5243

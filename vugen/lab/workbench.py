@@ -101,7 +101,7 @@ def _row(verdict: Verdict, place: int, truth: int | None) -> str:
     kind = f"<br><small>{html.escape(KINDS.get(verdict.kinds[place], verdict.kinds[place]))}</small>" if verdict.kinds[place] else ""
     return f"<tr><td>{html.escape(verdict.captions[place])}{kind}</td>{cells}</tr>"
 
-# %% ../../nbs/lab/workbench.ipynb #54ea1169
+# %% ../../nbs/lab/workbench.ipynb #3fe69ec3
 def listed(names: Sequence[str]) -> str:
     "a, b and c."
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
@@ -114,7 +114,7 @@ def folded(
     for name, why in notes.items():
         unread = f"scorer {name!r} cannot read a caption: "
         found.setdefault(f" cannot read a caption: {why.removeprefix(unread)}" if why.startswith(unread) else f": {why}", []).append(name)
-    return [(listed(names), said) for said, names in found.items()]
+    return [(listed(names), said.rstrip(".") + ".") for said, names in found.items()]
 
 # %% ../../nbs/lab/workbench.ipynb #3f6b0a24
 def verdict_table(
