@@ -194,7 +194,7 @@ class MLPReducer(WhitenedReducer, PretrainedMixin):
         self.inverse_weight.copy_(weight), self.inverse_bias.copy_(bias), self.explained.copy_(explained)
         return self
 
-# %% ../../nbs/encode/reducers.ipynb #3606357c
+# %% ../../nbs/encode/reducers.ipynb #a03cb351
 @torch.no_grad()
 def narrowing(
     reducer,  # a `Reducer`, best with a linear way back to tokens

@@ -155,7 +155,7 @@ def on_experiment(folders, name, view, moment):
     name, view, moment = some_of(name, "results", tuple(folders))[0], some_of(view, "view", tuple(VIEWS))[0], some_of(moment, "moment", tuple(AT_MOMENT))[0]
     return view_html(folders[name], view, AT_MOMENT[moment])
 
-# %% ../../nbs/lab/playground_tabs.ipynb #77df82a8
+# %% ../../nbs/lab/playground_tabs.ipynb #53ca18b1
 def reading_note(
     bench,
     text: str,  # captions, one a line

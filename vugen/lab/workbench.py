@@ -101,7 +101,7 @@ def _row(verdict: Verdict, place: int, truth: int | None) -> str:
     kind = f"<br><small>{html.escape(KINDS.get(verdict.kinds[place], verdict.kinds[place]))}</small>" if verdict.kinds[place] else ""
     return f"<tr><td>{html.escape(verdict.captions[place])}{kind}</td>{cells}</tr>"
 
-# %% ../../nbs/lab/workbench.ipynb #3fe69ec3
+# %% ../../nbs/lab/workbench.ipynb #6100aa2c
 def listed(names: Sequence[str]) -> str:
     "a, b and c."
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
