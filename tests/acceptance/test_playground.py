@@ -243,7 +243,7 @@ def test_every_panel_can_be_read_and_seen(page, title):
 def test_bind_scores_a_caption_and_its_foils(page):
     ask(page, "Bind")
     text = page.locator("#verdict").inner_text()
-    assert "swap" in text and "best" in text and "add-attribute" in text
+    assert "attributes exchanged" in text and "best" in text and "one attribute more" in text and "unit of its own" in text and "swap-" not in text
     named = page.locator("#verdict td[data-scorer=contrastive]").first.evaluate("e => getComputedStyle(e, '::before').content") if page.viewport_size["width"] < 500 else text
     assert "contrastive" in named
     choose(page, "an emoji scene")
@@ -315,7 +315,7 @@ def test_uploaded_photograph_is_reconstructed_and_classified(page, tmp_path):
     page.locator("#picture img").wait_for(timeout=WAIT)
     write_candidates(page, "a photograph of a person", "a bowl of fruit")
     ask(page, "Classify")
-    assert "scorer 'contrastive'" in page.locator("#classes").inner_text()
+    assert page.locator("#classes").inner_text().count("likelihood") == 2, "the same refusal is told once, of likelihood and likelihood-pmi"
     ask(page, "Reconstruct")
 
 
@@ -358,6 +358,34 @@ def test_mistakes_become_sentences_and_the_server_stays(page, tmp_path):
     assert "broken.png" in message(page)
 
 
+def assert_tabs_in_sight(page, name):
+    "The tab is chosen and its bar stands in the window."
+    page.wait_for_function("""name => { const tab = [...document.querySelectorAll('#tabs [role=tab]')].find(e => e.textContent.trim() === name), box = tab.getBoundingClientRect();
+        return tab.ariaSelected === 'true' && box.top >= -2 && box.bottom <= innerHeight; }""", arg=name, timeout=20_000)
+
+
+@pytest.mark.browser
+def test_where_a_photograph_cannot_go_is_said_before_it_is_sent_there(page):
+    assert page.locator("#to-generate").is_enabled() and not page.locator("#note-bind p").count()
+    choose(page, "a photograph")
+    page.locator("#note-bind p").wait_for(timeout=WAIT)
+    said = page.locator("#note-bind").inner_text()
+    assert "looking" in said and "generator cannot draw" in said and "lit reads free words" in said
+    for name, button in (("Bind", "#to-generate"), ("Reconstruct", "#reconstruct-to-generate"), ("Classify", "#classify-to-generate")):
+        tab(page, name)
+        assert page.locator(f"#note-{name.lower()} p").is_visible() and page.locator(button).is_disabled()
+    for scorer in ("lit", "bag-of-words"): page.locator("#classifiers").get_by_label(scorer, exact=True).uncheck()
+    page.get_by_role("button", name="Classify", exact=True).click()
+    page.locator("#classes .verdict").wait_for(timeout=WAIT)
+    assert not page.locator("#classes table").count() and page.locator("#classes").inner_text().count("cannot read a caption") == 2
+    tab(page, "Generate")
+    field(page, "prompt").fill("a dog left of a tree")
+    page.locator("#note-generate p").wait_for(timeout=WAIT)
+    choose(page, "two of a kind")
+    tab(page, "Bind")
+    page.wait_for_function("!document.querySelector('#note-bind p') && !document.querySelector('#to-generate').disabled", timeout=WAIT)
+
+
 def past(page): return page.locator("#past .thumbnail-item")
 
 
@@ -383,9 +411,10 @@ def test_the_question_of_the_readme_is_answered(page):
     page.wait_for_function("document.querySelectorAll('#compared tbody td').length == 9 && !document.querySelector('#compared').innerText.includes('…')", timeout=WAIT)
     page.locator("#json-bind:not([disabled])").wait_for(timeout=WAIT)
     told = page.locator("#compared").inner_text()
-    assert "Left or right?" in told and "Not told from guessing" in told and "bag-of-words" in told and len(numbers_in(told)) >= 18
+    assert "Left or right?" in told and "Not told from guessing" in told and "control: blind to the picture" in told and not re.search("guessing:.*bag-of-words", told) and len(numbers_in(told)) >= 18
     assert_all_is_seen(page)
     page.locator("#to-reconstruct").click()
+    assert_tabs_in_sight(page, "Reconstruct")
     page.locator("#ratio").get_by_text("32 (").click()
     ask(page, "Reconstruct")
     kept = page.locator("#kept").inner_text()
@@ -396,12 +425,14 @@ def test_the_question_of_the_readme_is_answered(page):
     tab(page, "Reconstruct")
     page.locator("#reconstruct-to-generate").click()
     wait_for(page, "prompt", "a red circle left of a blue square")
+    assert_tabs_in_sight(page, "Generate")
     page.locator("#pictures input[type=number]").fill("2")
     page.locator("#steps input[type=number]").fill("20")
     page.get_by_role("button", name="Generate", exact=True).click()
     page.locator("#told p").wait_for(timeout=WAIT)
     page.locator("#to-bind").click()
     wait_for(page, "caption", "a red circle left of a blue square")
+    assert_tabs_in_sight(page, "Bind")
     ask(page, "Bind")
     assert page.locator("#verdict tbody tr").count() > 3
 
@@ -441,7 +472,8 @@ def test_stored_results_of_the_experiment_are_shown(page):
     for view, words, pictures in (("Arms", "Atoms and binding at equal steps", 0), ("Along training", "level is reached", 2), ("Readouts", "verdict", 1)):
         page.locator("#view").get_by_text(view).click()
         page.wait_for_function("words => document.querySelector('#experiment').innerText.includes(words)", arg=words, timeout=WAIT)
-        assert page.locator("#experiment img").count() == pictures
+        assert page.locator("#experiment img").count() == pictures and page.locator("#moment").is_visible() == (view != "Along training")
+        if view != "Along training": assert page.locator("#experiment .words th[scope=col]").nth(1).inner_text() == {"Arms": "reads", "Readouts": "verdict"}[view], "the verdict stands second"
         assert_all_is_seen(page)
     with page.expect_download() as waited: page.locator("#json-experiment").click()
     assert json.loads(Path(waited.value.path()).read_text())["numbers"]["primary"]["verdict"] == "higher"
@@ -510,7 +542,7 @@ def drawn(server): return server.upload("drawn.png", png(draw_caption(CAPTION)))
 
 def test_a_good_request_is_answered(server, drawn):
     good, outputs = bind(server, drawn)
-    assert good and "swap-attribute" in outputs[0]
+    assert good and "attributes exchanged" in outputs[0]
 
 
 HOSTILE = {

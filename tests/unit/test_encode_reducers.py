@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from vugen.encode.reducers import MLPReducer, PCAReducer, RunningMoments, linear_map, load_reducer
+from vugen.encode.reducers import MLPReducer, PCAReducer, RunningMoments, linear_map, load_reducer, narrowed, narrowing
 from vugen.errors import UserError
 
 
@@ -184,3 +184,40 @@ def test_whitening_stays_frozen_while_weights_move():
     reducer.train().encode(data).square().mean().backward(), optimizer.step()
     assert torch.equal(reducer.latent_mean, before[0]) and torch.equal(reducer.latent_std, before[1])
     assert not {"latent_mean", "latent_std"} & {name for name, _ in reducer.named_parameters()}
+
+
+def test_narrowed_pca_is_that_of_scikit_learn():
+    data = tokens(96, 10)
+    reducer = PCAReducer(10, 6).partial_fit(data).finalize().fit_whitening([data])
+    latents = reducer.encode(data).reshape(6, 16, 6)
+    way = narrowing(reducer, latents)
+    for kept in range(1, 7):
+        known = PCA(kept).fit(data.double().numpy())
+        wanted = known.inverse_transform(known.transform(data.double().numpy()))
+        np.testing.assert_allclose(reducer.decode(narrowed(latents, way, kept)).reshape(-1, 10).numpy(), wanted, atol=2e-3)
+
+
+def test_a_narrowed_learned_reducer_loses_no_more_of_its_tokens_than_any_map_of_that_rank():
+    torch.manual_seed(0)
+    data = torch.randn(8, 16, 12) * torch.linspace(3, 0.1, 12)
+    reducer = MLPReducer(12, 5).fit_whitening([data]).fit_inverse([data]).requires_grad_(False)
+    latents = reducer.encode(data)
+    way, full = narrowing(reducer, latents), reducer.decode(latents).reshape(-1, 12).double()
+    assert torch.equal(narrowed(latents, way, 5), latents)
+    values = torch.linalg.svdvals(full - full.mean(0)).square()
+    for kept in range(1, 6):  # Eckart and Young
+        lost = (reducer.decode(narrowed(latents, way, kept)).reshape(-1, 12) - full).square().sum()
+        assert torch.allclose(lost, values[kept:].sum(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5])
+def test_without_a_way_back_the_loudest_directions_of_the_latents_are_kept(kept):
+    latents = tokens(300, 6, seed=3)
+    known = PCA(kept).fit(latents.double().numpy())
+    wanted = known.inverse_transform(known.transform(latents.double().numpy()))
+    np.testing.assert_allclose(narrowed(latents, narrowing(MLPReducer(24, 6), latents), kept).numpy(), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("kept", [0, 7, -1])
+def test_no_other_number_of_directions_can_be_kept(kept):
+    with pytest.raises(UserError, match="give 1 to 6"): narrowed(torch.zeros(2, 6), narrowing(MLPReducer(24, 6), tokens(50, 6)), kept)

@@ -12,12 +12,13 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from vugen.data.scenes import render, scene_from_caption
-from vugen.encode.reducers import MLPReducer, PCAReducer
+from vugen.encode.reducers import narrowing
 from vugen.errors import UserError
 from vugen.generate.text_to_image import generate
+from vugen.lab.side_by_side import through
 from vugen.lab.widgets import BindingBoard, DenoisingFilm, Gallery, GuidanceExplorer, LatentInspector, Panel, ReducerExplorer, scene_gallery
 from vugen.lab.widgets_binding import altered, choices, inside, retold, truths
-from vugen.lab.widgets_latents import bench_of, decode_alike, edited_latents, in_frame, load_autoencoder, narrowed, narrowing, selection_counts
+from vugen.lab.widgets_latents import bench_of, decode_alike, edited_latents, in_frame, load_autoencoder, selection_counts
 from vugen.lab.widgets_sampling import LatentSource, PixelSource, load_samples, missing, quick_decode
 from vugen.lab.widgets_view import SCRIPT, STYLE, Cancelled, State, bundle, data_uri, entry, finish, handle, kept, static_bundle
 
@@ -208,34 +209,6 @@ def test_a_gallery_of_own_pictures(model):
     with pytest.raises(UserError, match="5 entries for 4"): Gallery(pictures, attributes={"taste": ["sweet"] * 5})
 
 
-def test_narrowed_pca_is_that_of_sklearn():
-    tokens = torch.randn(6, 16, 10, generator=torch.Generator().manual_seed(0)) @ torch.randn(10, 10, generator=torch.Generator().manual_seed(1)) + 3
-    reducer = PCAReducer(10, 6).partial_fit(tokens).finalize().fit_whitening([tokens])
-    latents = reducer.encode(tokens)
-    mean, projections = narrowing(reducer, latents)
-    rows = tokens.reshape(-1, 10).double().numpy()
-    for k, projection in enumerate(projections, 1):
-        pca = PCA(k).fit(rows)
-        wanted = pca.inverse_transform(pca.transform(rows))
-        found = reducer.decode(narrowed(latents, mean, projection)).reshape(-1, 10).numpy()
-        assert np.allclose(found, wanted, atol=2e-3)
-
-
-def test_narrowing_a_learned_reducer_keeps_all_at_full_width_and_the_best_below():
-    torch.manual_seed(0)
-    tokens = torch.randn(8, 16, 12)
-    reducer = MLPReducer(12, 5).fit_whitening([tokens]).fit_inverse([tokens]).requires_grad_(False)
-    latents = reducer.encode(tokens)
-    mean, projections = narrowing(reducer, latents)
-    assert torch.allclose(narrowed(latents, mean, projections[-1]), latents, atol=1e-4)
-    full = reducer.decode(latents).reshape(-1, 12).double()
-    centred = full - full.mean(0)
-    values = torch.linalg.svdvals(centred).square()
-    for k, projection in enumerate(projections, 1): # Eckart and Young: no map of rank k comes nearer
-        lost = (reducer.decode(narrowed(latents, mean, projection)).reshape(-1, 12) - full).square().sum()
-        assert torch.allclose(lost, values[k:].sum(), rtol=1e-3, atol=1e-3)
-
-
 def test_the_explorer_decodes_every_width_once(gallery):
     state = finish(ReducerExplorer(gallery, bench_of(None).autoencoders, num_inference_steps=1))
     assert len(state.frames) == 8 and state.channels == 8 and list(state.work()) == []
@@ -246,6 +219,15 @@ def test_the_explorer_decodes_every_width_once(gallery):
     assert len(film["frames"]) == len(film["ticks"]) == len(film["notes"]) == 8 and len(film["frames"][0]) == film["columns"] == 5
     assert state.blocks()["film"]["frames"] is film["frames"] # encoded once
     with pytest.raises(UserError, match="from 0 to 7"): handle(state, "channels", 8)
+
+
+@pytest.mark.parametrize("name", ["PCA", "learned"])
+def test_the_explorer_and_the_playground_narrow_alike(gallery, name):
+    model = bench_of(None).autoencoders[name]
+    state = finish(ReducerExplorer(gallery, {name: model}, num_inference_steps=1))
+    way = narrowing(model.reducer, model.encode(gallery.images))
+    shown = [through(model, name, gallery.images[:1], way, kept, num_inference_steps=1) for kept in (1, 4, 8)]
+    assert [each.psnr for each in shown] == pytest.approx([state.frames[kept - 1][name]["psnr"] for kept in (1, 4, 8)], abs=0.01)
 
 
 def test_models_trained_at_each_width_take_the_place_of_narrowing(gallery, model):

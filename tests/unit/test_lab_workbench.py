@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vugen.data.foils import caption_foils
+from vugen.data.foils import FOIL_KINDS, caption_foils
 from vugen.data.scenes import World, caption_of, facts, holds, parse, sample_scene, scene_from_caption
 from vugen.errors import UserError
-from vugen.lab.playground_fields import checked_captions, scene_of
-from vugen.lab.playground_tabs import on_draw
-from vugen.lab.workbench import Verdict, draw_caption, starters, true_of, verdict_table, with_foils
+from vugen.lab.playground_fields import LARGEST_SEED, checked_captions, number_between, scene_of, seed_of
+from vugen.lab.playground_tabs import on_draw, reading_note
+from vugen.lab.workbench import KINDS, Verdict, Workbench, draw_caption, folded, listed, starters, true_of, verdict_table, with_foils
 
 VERDICT = Verdict(("a dog", "a cat", "a cow"), ("caption", "", ""), {"first": (2.0, 1.0, 0.0), "second": (0.0, 1.0, 0.5), "even": (1.0, 1.0, 0.0)}, {})
 
@@ -117,3 +117,39 @@ def test_starters_carry_the_scene_they_show():
     for starter in drawn:
         assert scene_of(starter.picture, starter.scene) is starter.scene
         assert [true_of(starter.scene, caption) for caption in starter.captions] == [True, False, False]
+
+
+def unread(*names, word="cat"): return {name: f"scorer {name!r} cannot read a caption: the word {word!r} is not known" for name in names}
+
+
+def test_the_same_refusal_of_several_scorers_is_one_sentence():
+    assert folded(unread("a", "b", "c")) == [("a, b and c", " cannot read a caption: the word 'cat' is not known.")]
+    assert [names for names, _ in folded({**unread("a"), "d": "is broken", **unread("b"), **unread("e", word="dog")})] == ["a and b", "d", "e"]
+    assert listed(["a"]) == "a" and listed(["a", "b"]) == "a and b" and folded({}) == []
+    page = verdict_table(Verdict(VERDICT.captions, VERDICT.kinds, VERDICT.scores, unread("x", "y")))
+    assert page.count("cannot read a caption") == 1 and "<b>x and y</b>" in page
+
+
+def test_without_scores_there_is_no_table_but_the_reason():
+    page = verdict_table(Verdict(VERDICT.captions, VERDICT.kinds, {}, unread("x")), None)
+    assert "<table" not in page and "No scorer" in page and "cannot read" in page
+
+
+def test_kinds_of_foils_are_words_and_columns_have_units():
+    assert set(FOIL_KINDS) <= set(KINDS) and len(set(KINDS.values())) == len(KINDS) and not any("-" in word for word in KINDS.values())
+    page = verdict_table(Verdict(("a", "b"), ("caption", "swap-attribute"), {"x": (1.0, 0.0)}, {}))
+    assert "attributes exchanged" in page and "swap-attribute" not in page and "unit of its own" in page
+
+
+@pytest.mark.parametrize("wrong", [1e12, -1, LARGEST_SEED + 1])
+def test_a_bound_is_written_in_plain_figures(wrong):
+    with pytest.raises(UserError, match="give a number from 0 to 2147483647[.]"): seed_of(wrong)
+    with pytest.raises(UserError, match="from 0.1 to 20[.]"): number_between(99, "guidance", 0.1, 20)
+
+
+@pytest.mark.parametrize("caption, word", [("a red circle left of a blue square", None), ("three red stars", None), ("", None), ("a cat looking into the camera", "looking"), ("a dog left of a tree", "dog"), ("<b>", "&lt;b&gt;")])
+def test_what_the_generator_cannot_draw_is_said_before(caption, word):
+    bench = Workbench()
+    note = reading_note(bench, caption)
+    if word is None: assert note == ""
+    else: assert word in note and "generator cannot draw" in note and "<b>lit</b>" in note and "Reconstruct" not in reading_note(bench, caption, only_drawn=True)

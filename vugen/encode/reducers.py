@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flatten_tokens', 'RunningMoments', 'WhitenedReducer', 'principal_components', 'PCAReducer', 'linear_map',
-           'MLPReducer', 'load_reducer']
+           'MLPReducer', 'narrowing', 'narrowed', 'load_reducer']
 
 # %% ../../nbs/encode/reducers.ipynb #e8e67b3f
 from pathlib import Path
@@ -193,6 +193,31 @@ class MLPReducer(WhitenedReducer, PretrainedMixin):
         weight, bias, explained = linear_map(moments, self.dim)
         self.inverse_weight.copy_(weight), self.inverse_bias.copy_(bias), self.explained.copy_(explained)
         return self
+
+# %% ../../nbs/encode/reducers.ipynb #a03cb351
+@torch.no_grad()
+def narrowing(
+    reducer,  # a `Reducer`, best with a linear way back to tokens
+    latents: torch.Tensor,  # [..., d] of many pictures
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # mean [d], and for k = 1 … d a matrix [d, d]
+    "How to narrow latents: projections on the k directions that carry most token variance (without a way back: most variance of the latents)."
+    size = reducer.dim
+    try: back = (reducer.decode(torch.eye(size).to(latents)) - reducer.decode(torch.zeros(size, size).to(latents))).cpu().double()
+    except UserError: back = torch.eye(size, dtype=torch.float64)
+    moments = RunningMoments(size).update(latents)
+    _, directions = principal_components(back.T @ moments.covariance() @ back, size)
+    inverse = torch.linalg.pinv(back)
+    return moments.mean, [back @ directions[:k].T @ directions[:k] @ inverse for k in range(1, size + 1)]
+
+def narrowed(
+    latents: torch.Tensor,  # [..., d]
+    way: tuple,  # of `narrowing`
+    kept: int,  # k, from 1 to d
+) -> torch.Tensor:  # [..., d]
+    "Latents with what lies outside of the k leading directions at its mean; all d directions leave them as they are."
+    mean, projections = way
+    if not 1 <= kept <= len(projections): raise UserError(f"{kept} directions cannot be kept of {len(projections)}: give 1 to {len(projections)}.")
+    return latents if kept == len(projections) else (mean + (latents.cpu().double() - mean) @ projections[kept - 1]).to(latents)
 
 # %% ../../nbs/encode/reducers.ipynb #97a1afce
 def load_reducer(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from ..data.scenes import scene_from_caption
-from .workbench import Workbench, draw_caption, with_foils
+from .workbench import KINDS, Workbench, draw_caption, with_foils
 
 # %% ../../nbs/lab/figures.ipynb #4e23ead1
 def _panel(axis, image, title: str = "") -> None:
@@ -57,7 +57,7 @@ def _margin_panel(axis, verdict) -> None:
     rows = np.arange(len(verdict.captions) - 1)
     height = 0.8 / max(len(found), 1)
     for place, (name, values) in enumerate(found.items()): axis.barh(rows + place * height - 0.4 + height / 2, values, height, label=name)
-    axis.set_yticks(rows, [f"{c}  [{k}]" if k else c for c, k in zip(verdict.captions[1:], verdict.kinds[1:])], fontsize=7)
+    axis.set_yticks(rows, [f"{c}  [{KINDS.get(k, k)}]" if k else c for c, k in zip(verdict.captions[1:], verdict.kinds[1:])], fontsize=7)
     axis.axvline(0, color="0.3", lw=0.8)
     axis.invert_yaxis()
     axis.set_xlabel("margin of the caption over the foil (scaled a scorer; right of zero: caption preferred)", fontsize=7)

@@ -48,7 +48,7 @@ def number_between(
     "A finite number within bounds, or a sentence that names the field."
     try: found = kind(value)
     except (TypeError, ValueError, OverflowError): found = None
-    if found is None or isinstance(value, bool) or not low <= found <= high: raise UserError(f"{name} is {str(value)[:30]!r}: give a number from {low:g} to {high:g}.")
+    if found is None or isinstance(value, bool) or not low <= found <= high: raise UserError(f"{name} is {str(value)[:30]!r}: give a number from {low:.12g} to {high:.12g}.")
     return found
 
 def seed_of(value):

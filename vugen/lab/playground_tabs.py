@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'DEFAULTS', 'TOLD', 'Answer', 'enlarged', 'scene_behind', 'on_draw', 'on_foils', 'on_bind', 'on_compare',
-           'on_reconstruct', 'kept_words', 'on_generate', 'on_classify', 'on_experiment', 'Panel', 'examples_of',
-           'encoders_field', 'picture_column', 'bind_tab', 'reconstruct_tab', 'generate_tab', 'classify_tab',
-           'experiment_tab']
+           'on_reconstruct', 'kept_words', 'on_generate', 'on_classify', 'on_experiment', 'reading_note', 'Panel',
+           'examples_of', 'encoders_field', 'picture_column', 'bind_tab', 'reconstruct_tab', 'generate_tab',
+           'classify_tab', 'experiment_tab']
 
 # %% ../../nbs/lab/playground_tabs.ipynb #4e3b77d7
 import hashlib
@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..evaluate.scene_parser import check, parse_images
 from .playground_experiment import AT_MOMENT, VIEWS, none_yet, view_html
 from .playground_fields import LARGEST_SEED, LIMITS, as_it_came, checked_captions, given_captions, given_picture, number_between, picture_field, picture_strip, scene_of, seed_of, some_of
-from .side_by_side import QUESTIONS, compare, comparison_table, directions, question_suite, ratios, through
+from .side_by_side import QUESTIONS, compare, comparison_table, measured_narrowing, question_suite, ratios, through
 from .workbench import PICTURE_SIZE, verdict_table, with_foils
 
 # %% ../../nbs/lab/playground_tabs.ipynb #f16d3e7a
@@ -84,11 +84,11 @@ def on_compare(bench, questions, number, seed, encoders):
     yield Answer((comparison_table(rows),), rows, f"{number} scenes: {' '.join(asked)}", None, tuple(enlarged(image) for image in seen))
 
 # %% ../../nbs/lab/playground_tabs.ipynb #1bc44bfe
-def _basis(bench, name):
-    "The directions of one latent space, found once."
-    if not hasattr(bench, "bases"): bench.bases = {}
-    if name not in bench.bases: bench.bases[name] = directions(bench.autoencoders[name], bench.parts.world)
-    return bench.bases[name]
+def _way(bench, name):
+    "How one latent space is narrowed, measured once."
+    if not hasattr(bench, "ways"): bench.ways = {}
+    if name not in bench.ways: bench.ways[name] = measured_narrowing(bench.autoencoders[name], bench.parts.world)
+    return bench.ways[name]
 
 def _read_in(bench, images, caption):
     "Whether the scene parser finds the caption in each picture."
@@ -102,7 +102,7 @@ def on_reconstruct(bench, picture, drawn, ratio, steps, seed):
     image, caption = to_tensor(picture, bench.autoencoders["learned"].image_size), drawn["caption"] if scene_behind(picture, drawn) else None
     first, made = (enlarged(image[0]), f"what the encoder sees, {image.shape[-1]} × {image.shape[-1]}"), []
     for name, model in bench.autoencoders.items():
-        made.append(through(model, name, image, _basis(bench, name), kept, steps, seed))
+        made.append(through(model, name, image, _way(bench, name), kept, steps, seed))
         strips = [first, *((enlarged(each.image), f"{each.name}, {each.psnr:.1f} dB") for each in made)], [(enlarged(each.difference), f"{each.name}: what differs") for each in made]
         yield Answer((*strips, ""))
     read = {each.name: _read_in(bench, each.image[None], caption)[0] for each in made} if caption else {}
@@ -155,6 +155,20 @@ def on_experiment(folders, name, view, moment):
     name, view, moment = some_of(name, "results", tuple(folders))[0], some_of(view, "view", tuple(VIEWS))[0], some_of(moment, "moment", tuple(AT_MOMENT))[0]
     return view_html(folders[name], view, AT_MOMENT[moment])
 
+# %% ../../nbs/lab/playground_tabs.ipynb #53ca18b1
+def reading_note(
+    bench,
+    text: str,  # captions, one a line
+    only_drawn: bool = False,  # it is for the generator alone
+) -> str:
+    "Which word of the captions the generator does not know, and who reads free words, as HTML; nothing where all is known."
+    try: lines = given_captions(text)
+    except UserError: return ""  # said when a button is pressed
+    why = next(filter(None, map(bench.why_not_drawn, lines)), "").partition(";")[0]
+    if not why: return ""
+    free = " Scorers that do not know a word give no score;" + (" <b>lit</b> reads free words, and" if "lit" in bench.scorers else "") + " Reconstruct takes any picture."
+    return f"<p>{html.escape(why[0].upper() + why[1:])}: the generator cannot draw this.{'' if only_drawn else free}</p>"
+
 # %% ../../nbs/lab/playground_tabs.ipynb #30f78a12
 @dataclass
 class Panel:
@@ -163,6 +177,7 @@ class Panel:
     fields: dict  # name in the settings → component
     actions: list  # (button, cancel, handler, inputs, outputs, names of the inputs)
     download: object
+    note: object = None  # what is said before asking, see `reading_note`
 
 EXAMPLES = {
     "Bind": ("a red circle left of a blue square", "a green star above a pink star", "a dog left of a tree"),
@@ -189,6 +204,8 @@ def _buttons(gradio, label, elem_id):
 
 def _download(gradio, name): return gradio.DownloadButton("JSON of this result", size="sm", interactive=False, elem_id=f"json-{name}", elem_classes="json")
 
+def _note(gradio, name): return gradio.HTML("", visible=False, elem_id=f"note-{name}", elem_classes="before")
+
 def _seed(gradio, elem_id): return as_it_came(gradio.Number(0, label="Seed", precision=0, minimum=0, elem_id=elem_id, min_width=100))
 
 # %% ../../nbs/lab/playground_tabs.ipynb #dd4df37f
@@ -208,6 +225,7 @@ def bind_tab(gradio, bench, picture, drawn, begin):
     gradio.Markdown("Is the caption preferred to its **foils**, captions that differ in one fact? Numbers are margins to the best caption of the column.")
     shown = examples_of(gradio, "Bind")
     caption = gradio.Textbox(begin[0].captions[0], label="Caption (true of the picture)", max_length=LIMITS["caption"], elem_id="caption")
+    note = _note(gradio, "bind")
     with gradio.Accordion("Foils (made from the caption, or your own)", open=False):
         foils = gradio.Textbox("", lines=5, label="One a line", elem_id="foils")
         fill = gradio.Button("Write the foils of this caption", size="sm", elem_id="fill")
@@ -225,7 +243,7 @@ def bind_tab(gradio, bench, picture, drawn, begin):
     fields = {"caption": caption, "foils": foils, "encoders": encoders, "questions": questions, "scenes": number, "seed": seed}
     actions = [(score, stop, on_bind, [picture, drawn, caption, foils, encoders], [table], ("picture", "drawn", "caption", "foils", "encoders")),
                (many, halt, on_compare, [questions, number, seed, encoders], [compared], ("questions", "scenes", "seed", "encoders"))]
-    return Panel("Bind", fields, actions, download), shown, fill
+    return Panel("Bind", fields, actions, download, note), shown, fill
 
 def reconstruct_tab(gradio, bench, picture, drawn):
     "Original beside two reconstructions."
@@ -239,13 +257,14 @@ def reconstruct_tab(gradio, bench, picture, drawn):
     go, stop = _buttons(gradio, "Reconstruct", "reconstruct")
     backs, differences, told = picture_strip(columns=3, elem_id="reconstructions"), picture_strip(columns=3, elem_id="differences"), gradio.HTML(elem_id="kept")
     fields = {"ratio": ratio, "steps": steps, "seed": seed}
-    return Panel("Reconstruct", fields, [(go, stop, on_reconstruct, [picture, drawn, ratio, steps, seed], [backs, differences, told], ("picture", "drawn", "ratio", "steps", "seed"))], _download(gradio, "reconstruct")), shown
+    return Panel("Reconstruct", fields, [(go, stop, on_reconstruct, [picture, drawn, ratio, steps, seed], [backs, differences, told], ("picture", "drawn", "ratio", "steps", "seed"))], _download(gradio, "reconstruct"), _note(gradio, "reconstruct")), shown
 
 def generate_tab(gradio, bench, begin):
     "Text to image inside the understanding space."
     gradio.Markdown("What does the generator **make of the caption**? The frozen VLM reads the prompt; its image tower samples the encoder's own latents, which the pixel decoder draws.")
     shown = examples_of(gradio, "Generate")
     prompt = gradio.Textbox(begin[0].captions[0], label="Prompt", max_length=LIMITS["caption"], elem_id="prompt")
+    note = _note(gradio, "generate")
     with gradio.Row():
         guidance = as_it_came(gradio.Slider(0, 20, bench.generator.guidance_scale, step=0.1, label="Guidance", elem_id="guidance"))
         steps = as_it_came(gradio.Slider(1, LIMITS["steps"], bench.generator.num_inference_steps, step=1, label="Steps", elem_id="steps"))
@@ -255,17 +274,18 @@ def generate_tab(gradio, bench, begin):
     go, stop = _buttons(gradio, "Generate", "generate")
     made, told, drawn = picture_strip(columns=4, elem_id="generated"), gradio.HTML(elem_id="told"), gradio.State(None)
     fields = {"prompt": prompt, "guidance": guidance, "steps": steps, "seed": seed, "pictures": number}
-    return Panel("Generate", fields, [(go, stop, on_generate, list(fields.values()), [made, told, drawn], tuple(fields))], _download(gradio, "generate")), shown, made, drawn
+    return Panel("Generate", fields, [(go, stop, on_generate, list(fields.values()), [made, told, drawn], tuple(fields))], _download(gradio, "generate"), note), shown, made, drawn
 
 def classify_tab(gradio, bench, picture, begin):
     "Which of these captions?"
     gradio.Markdown("Which of **your** captions does each model choose? Free words are for the EfficientNet–MiniLM pair (`lit`); the scene models read their own grammar.")
     shown = examples_of(gradio, "Classify")
     text = gradio.Textbox("\n".join(begin[0].captions), lines=4, label="Captions, one a line", elem_id="candidates")
+    note = _note(gradio, "classify")
     encoders = encoders_field(gradio, bench, "classifiers", None)
     go, stop = _buttons(gradio, "Classify", "classify")
     table = gradio.HTML(elem_id="classes")
-    return Panel("Classify", {"captions": text, "encoders": encoders}, [(go, stop, on_classify, [picture, text, encoders], [table], ("picture", "captions", "encoders"))], _download(gradio, "classify")), shown
+    return Panel("Classify", {"captions": text, "encoders": encoders}, [(go, stop, on_classify, [picture, text, encoders], [table], ("picture", "captions", "encoders"))], _download(gradio, "classify"), note), shown
 
 def experiment_tab(gradio, folders):
     "Stored results, one view at a time."

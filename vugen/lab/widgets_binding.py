@@ -19,7 +19,7 @@ from ..data.sprites import COLORS, EMOJI, FILLS, SHAPES, draw_sprite
 from ..errors import UserError
 from .widgets_view import Panel, State, beside, control, data_uri, plain_font, prepare, real_number, sheet, whole_number
 from .widgets_latents import bench_of
-from .workbench import PICTURE_SIZE, Verdict, true_of, with_foils
+from .workbench import KINDS, PICTURE_SIZE, Verdict, folded, true_of, with_foils
 
 # %% ../../nbs/lab/widgets_binding.ipynb #20be8da5
 MOST_ITEMS = 5
@@ -235,8 +235,8 @@ def _verdict_block(state) -> dict:
     def row(place):
         cells = [_verdict_cell(verdict.scores[name], place, verdict.choice(name), true[place]) if name in verdict.scores else {"text": "–" if name in verdict.notes else "…"} for name in state.scorers]
         said = "true now" if true[place] else "false now" if true[place] is False else "no scene"
-        return [{"text": verdict.captions[place], "note": f"{verdict.kinds[place]}, {said}"}, *cells]
-    notes = ["Margin to the scorer's best caption. ✓ green: its choice is true of the scene now; ✗ red: it is false."] + [f"{name}: {why}" for name, why in verdict.notes.items()]
+        return [{"text": verdict.captions[place], "note": f"{KINDS.get(verdict.kinds[place], verdict.kinds[place])}, {said}"}, *cells]
+    notes = ["Margin to the scorer's best caption, in a unit of its own. ✓ green: its choice is true of the scene now; ✗ red: it is false."] + [names + said for names, said in folded(verdict.notes)]
     return {"kind": "table", "label": "what every scorer says", "head": ["caption", *state.scorers], "rows": [row(place) for place in range(len(verdict.captions))], "notes": notes}
 
 def board_blocks(

@@ -6,8 +6,7 @@
 __all__ = ['METHODS', 'PALETTE', 'SWAPS', 'Gallery', 'scene_gallery', 'in_frame', 'word_colors', 'LatentInspector', 'perturb',
            'swap', 'edited_latents', 'decode_alike', 'inspector_work', 'sight_key', 'inspector_blocks',
            'selection_counts', 'draw_map', 'inspector_picture', 'bench_of', 'load_autoencoder', 'latent_inspector',
-           'narrowing', 'narrowed', 'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks',
-           'explorer_picture', 'reducer_explorer']
+           'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks', 'explorer_picture', 'reducer_explorer']
 
 # %% ../../nbs/lab/widgets_latents.ipynb #4b505d96
 import math
@@ -25,7 +24,7 @@ from ..data.sprites import COLORS
 from ..decode.autoencoder import PixelAutoencoder
 from ..decode.pixel_diffusion import noise_for
 from ..encode.encoders import resize_images
-from ..encode.reducers import RunningMoments, principal_components
+from ..encode.reducers import narrowed, narrowing
 from ..errors import UserError
 from .widgets_view import Panel, State, beside, control, entry, kept, prepare, real_number, sheet, whole_number
 from .workbench import Workbench, with_foils
@@ -381,28 +380,6 @@ def latent_inspector(
     scorers = load_scorers(bench_of(root).parts, "contrastive") if scorers is None else scorers
     return Panel(prepare(LatentInspector(gallery, model, scorers, **options)))
 
-# %% ../../nbs/lab/widgets_latents.ipynb #47985036
-def narrowing(
-    reducer, # a `Reducer` with an affine way back to tokens
-    latents: torch.Tensor, # [n, N, d] of many pictures
-) -> tuple: # mean [d], and for k = 1 … d a matrix [d, d]
-    "Projections of latents on the k directions that carry most token variance"
-    size = reducer.dim
-    try: back = (reducer.decode(torch.eye(size)) - reducer.decode(torch.zeros(size, size))).double()
-    except UserError: back = torch.eye(size, dtype=torch.float64) # no way back: the latents' own principal directions
-    moments = RunningMoments(size).update(latents)
-    _, directions = principal_components(back.T @ moments.covariance() @ back, size)
-    inverse = torch.linalg.pinv(back)
-    return moments.mean, [back @ directions[:k].T @ directions[:k] @ inverse for k in range(1, size + 1)]
-
-def narrowed(
-    latents: torch.Tensor, # [..., d]
-    mean: torch.Tensor, # [d]
-    projection: torch.Tensor, # [d, d]
-) -> torch.Tensor: # [..., d]
-    "Latents with what lies outside of the leading directions at its mean"
-    return (mean + (latents.double() - mean) @ projection).to(latents.dtype)
-
 # %% ../../nbs/lab/widgets_latents.ipynb #466dd2f1
 class ReducerExplorer(State):
     "A picture through several reducers, at every number of channels"
@@ -439,8 +416,7 @@ def _decoded(state, name, image):
     model = state.models[name]
     if isinstance(model, dict): return torch.cat([decode_alike(model[k].decoder, model[k].encode(image), state.steps, state.seed) for k in state.widths]), next(iter(model.values())).reducer.hidden_size
     if name not in state.ways: state.ways[name] = narrowing(model.reducer, torch.cat([model.encode(part) for part in state.gallery.images[:64].split(32)]))
-    mean, projections = state.ways[name]
-    latents = torch.cat([narrowed(model.encode(image), mean, projections[k - 1]) for k in state.widths])
+    latents = torch.cat([narrowed(model.encode(image), state.ways[name], k) for k in state.widths])
     return decode_alike(model.decoder, latents, state.steps, state.seed), model.reducer.hidden_size
 
 def explorer_work(
