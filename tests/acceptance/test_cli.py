@@ -149,6 +149,26 @@ def test_probe_tells_the_shape_of_layers_and_their_likeness(smoke, tmp_path, cap
     assert {row["category"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"norm"}
 
 
+def test_layers_by_name_are_those_of_both_encoders(smoke, tmp_path, capsys):
+    assert call("probe", "--geometry", "--layers", "norm", "--against", "untrained", "--limit", 60, "--json", tmp_path / "geometry.json", "--root", smoke) == 0
+    found, said = json.loads((tmp_path / "geometry.json").read_text()), capsys.readouterr()
+    assert {(row["layer"], row["other_layer"]) for row in found["rows"] if "against" in row} == {("norm", "norm")}
+    assert "layers of contrastive: 60/60" in said.err and "layers of untrained: 60/60" in said.err
+
+
+def test_the_shape_of_layers_is_read_first_and_fits_a_terminal(capsys, monkeypatch):
+    from vugen.lab.cli import show_geometry
+    from vugen.understand.geometry import MEASURES
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = [{"encoder": "contrastive", "category": f"vision.blocks.{a}", "metric": metric, "value": 123.4567, "n": 2000, "channels": 1024} for a in range(12) for metric in MEASURES]
+    likeness = [{"encoder": "contrastive", "metric": "CKA (linear, debiased)", "value": a / (b + 12), "against": "efficientnet-lite0", "layer": f"vision.blocks.{a}", "other_layer": f"features.stage.{b}"} for a in range(12) for b in range(20)]
+    show_geometry(likeness + shape)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[1].split() == ["layer", "channels", "eff.", "rank", "part.", "ratio", "dim.", "TwoNN", "dim.", "MLE"] and sum("1024" in line for line in lines) == 12
+    heads = [line.split() for line in lines if line.strip().replace(" ", "").isdigit()]
+    assert sum(heads, []) == [str(b) for b in range(20)] and [f"{11 / (b + 12):.2f}" for b in range(len(heads[0]))] == [line for line in lines if line.startswith("vision.blocks.11")][1].split()[1:]
+
+
 def test_bind_and_probe_write_long_rows(smoke, tmp_path, capsys):
     assert call("bind", "--suite", "scenes", "--scorer", "contrastive,bag-of-words", "--limit", 4, "--items", tmp_path / "items.parquet", "--json", tmp_path / "bind.json", "--root", smoke) == 0
     found = json.loads((tmp_path / "bind.json").read_text())
@@ -347,6 +367,7 @@ MISTAKES = {
     "no such encoder": ("probe --encoder {bad}/none --root {smoke}", "none"),
     "comparison without geometry": ("probe --against untrained --root {smoke}", "--geometry"),
     "no such layer": ("probe --geometry --limit 40 --layers soup --root {smoke}", "soup"),
+    "layer that the other encoder lacks": ("probe --geometry --limit 40 --layers norm --against efficientnet-lite0 --root {smoke}", "'efficientnet-lite0'"),
     "no such encoder to compare with": ("probe --geometry --limit 40 --against {bad}/none --root {smoke}", "none"),
     "no such bench": ("bench soup", "soup"),
     "no such preset": ("describe soup", "soup"),

@@ -36,6 +36,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match="file"): Shelf({}, tmp_path / "file").add([], "Bind", "", {}, {})
 
 
+def test_pictures_of_the_page_are_saved_as_png():
+    from vugen.lab.playground_fields import picture_strip
+    strip = picture_strip()
+    for shown in (picture_strip([(RED, "red")]).value[0]["image"]["path"], strip.postprocess([(RED, "red")]).root[0].image.path):
+        with Image.open(shown) as saved: assert saved.format == "PNG" and shown.endswith(".png")
+
+
 def test_the_shelf_and_its_words_are_bounded():
     results = []
     for number in range(MOST + 5): results = Shelf({}).add(results, "Generate", "x" * 500, {"seed": number}, {}, shown=[RED])

@@ -18,7 +18,7 @@ from vugen.generate.text_to_image import generate
 from vugen.lab.side_by_side import through
 from vugen.lab.widgets import BindingBoard, DenoisingFilm, Gallery, GuidanceExplorer, LatentInspector, Panel, ReducerExplorer, scene_gallery
 from vugen.lab.widgets_binding import altered, choices, inside, retold, truths
-from vugen.lab.widgets_latents import bench_of, decode_alike, edited_latents, in_frame, load_autoencoder, selection_counts
+from vugen.lab.widgets_latents import bench_of, decode_alike, draw_legend, edited_latents, in_frame, load_autoencoder, selection_counts, word_colors
 from vugen.lab.widgets_sampling import LatentSource, PixelSource, load_samples, missing, quick_decode
 from vugen.lab.widgets_view import SCRIPT, STYLE, Cancelled, State, bundle, data_uri, entry, finish, handle, kept, static_bundle
 
@@ -177,6 +177,13 @@ def test_changes_touch_the_wanted_latents_alone(gallery, model, channel, value, 
             if what == "all" or (what == "channel" and column == channel): wanted[row, column] = state.latents[partner, row, column]
             if column == channel: wanted[row, column] += value
     assert np.allclose(edited_latents(state).numpy(), wanted, atol=1e-5)
+
+
+def test_the_static_picture_tells_what_the_colours_mean(inspector):
+    inspector.on_color_by("relation")
+    legend = draw_legend("relation", list(word_colors(inspector.gallery.attributes["relation"]).items()))
+    assert np.array_equal(np.asarray(inspector.picture())[300:300 + legend.height, :legend.width], np.asarray(legend)) and np.asarray(legend).std() > 0
+    assert draw_legend("shape", [("star", "red")]).tobytes() != draw_legend("relation", [("star", "red")]).tobytes() != draw_legend("relation", [("heart", "red")]).tobytes()
 
 
 def test_a_change_is_decoded_and_undone(inspector):

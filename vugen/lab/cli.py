@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from .terminal import LARGEST_SEED, LARGEST_SIDE, MOST_STEPS, Counter, check_cap
 from ..paths import atomic_path, without_folders
 
 # %% auto #0
-__all__ = ['STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'VERBS', 'stage_class', 'Train', 'Generate', 'check_generate', 'generator_in',
-           'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images', 'Reconstruct',
-           'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify', 'classify_rows',
-           'as_wanted', 'scorer_rows', 'show_classification', 'place_scorers', 'world_size', 'seen_size', 'Bind',
-           'report_bind', 'Probe', 'long_rows', 'geometry_verb', 'show_geometry', 'Retrieve', 'check_retrieve',
-           'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table', 'save_figures', 'Describe',
-           'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json', 'gather', 'read_verb',
-           'command_of', 'run_verb', 'main']
+__all__ = ['STAGES', 'CHUNK', 'RECONSTRUCTIONS', 'SHORT', 'VERBS', 'stage_class', 'Train', 'Generate', 'check_generate',
+           'generator_in', 'reads_freely', 'decoder_in', 'painting_steps', 'sampling_of', 'draw_chunks', 'save_images',
+           'Reconstruct', 'compare_verb', 'reconstruct_one', 'save_reconstructions', 'unique_names', 'Classify',
+           'classify_rows', 'as_wanted', 'scorer_rows', 'show_classification', 'place_scorers', 'world_size',
+           'seen_size', 'Bind', 'report_bind', 'Probe', 'long_rows', 'geometry_verb', 'show_geometry', 'show_cka',
+           'Retrieve', 'check_retrieve', 'picture_paths', 'retrieve_files', 'show_answers', 'retrieval_table',
+           'save_figures', 'Describe', 'show_description', 'Play', 'Ablate', 'show_ablation', 'overview', 'bare_json',
+           'gather', 'read_verb', 'command_of', 'run_verb', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #d6fb3de2
 STAGES = {"parser": "parser:ParserStage", "contrastive": "contrastive:ContrastiveStage", "lit": "lit:LiTStage", "decoder": "decoder:DecoderStage",
@@ -373,7 +374,7 @@ class Probe:
     limit: int = 2000  # training scenes; half as many are tested; with --geometry scenes that are shown
     geometry: bool = False  # instead of probes: effective rank, participation ratio and intrinsic dimension of every layer
     against: Optional[str] = None  # with --geometry: another encoder, to be compared layer by layer by CKA; untrained is the same with fresh weights
-    layers: Optional[str] = None  # with --geometry: glob of the encoder's modules, such as "blocks.*"; default every block
+    layers: Optional[str] = None  # with --geometry: glob of modules, such as "blocks.*", of the encoder and of the one that --against names; default every block
     json: Optional[Path] = None  # file for the rows; - prints them
     seed: int = 1_000_003  # of the scenes: apart from the training's
     root: Optional[Path] = None  # folder of checkpoints
@@ -403,17 +404,27 @@ def geometry_verb(verb, root, device, command):  # Probe
     if str(verb.json) != "-": show_geometry(found["rows"])
 
 
+SHORT = {"effective rank": "eff. rank", "participation ratio": "part. ratio", "intrinsic dimension (TwoNN)": "dim. TwoNN", "intrinsic dimension (likelihood)": "dim. MLE"}
+
+
 def show_geometry(rows):  # of `run_geometry`
     "A line a layer with all its measures, then a table of each kind of CKA."
-    for metric in dict.fromkeys(row["metric"] for row in rows if "against" in row):
-        rows_of = [row for row in rows if row["metric"] == metric]
-        lines = {layer: {f"{metric}, {rows_of[0]['against']}": layer} for layer in dict.fromkeys(row["layer"] for row in rows_of)}
-        for row in rows_of: lines[row["layer"]][row["other_layer"]] = row["value"]
-        show_rows(list(lines.values())); print()
-    lines = {row["category"]: {"encoder": row["encoder"], "layer": row["category"], "n": row["n"]} for row in rows if "against" not in row}
-    for row in rows:
-        if "against" not in row: lines[row["category"]][row["metric"]] = row["value"]
-    show_rows(list(lines.values()))
+    own = [row for row in rows if "against" not in row]
+    lines = {row["category"]: {"layer": row["category"], "channels": row.get("channels")} for row in own}
+    for row in own: lines[row["category"]][SHORT.get(row["metric"], row["metric"])] = row["value"]
+    if own: print(f"{own[0]['encoder']}: shape of its layers, from {own[0]['n']} scenes"); show_rows(list(lines.values()))
+    for metric in dict.fromkeys(row["metric"] for row in rows if "against" in row): show_cka([row for row in rows if row["metric"] == metric])
+
+
+def show_cka(rows):  # of one metric
+    "A table, layers by layers. Columns are called by what tells their names apart; those that the terminal has no room for follow below."
+    down, across = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layer", "other_layer"))
+    value, head = {(row["layer"], row["other_layer"]): f"{row['value']:.2f}" for row in rows}, os.path.commonprefix(across).rpartition(".")[0]
+    short = {layer: layer.removeprefix(f"{head}.") for layer in across}
+    print(f"\n{rows[0]['metric']}: down {rows[0]['encoder']}, across {rows[0]['against']}" + (f"\ncolumns: {head}.…" if head else ""))
+    room = shutil.get_terminal_size((100, 24)).columns - max(map(len, down))
+    most = max(room // (2 + max(5, *map(len, short.values()))), 1)
+    for start in range(0, len(across), most): show_rows([{"": layer, **{short[other]: value[layer, other] for other in across[start:start + most]}} for layer in down])
 
 # %% ../../nbs/lab/cli.ipynb #5c76fce6
 @dataclass

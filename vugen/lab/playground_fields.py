@@ -119,6 +119,6 @@ def picture_field(**options):
     return field
 
 def picture_strip(value=None, **options):
-    "Pictures with captions beneath them, in full."
+    "Pictures with captions beneath them, in full, each a PNG that can be saved as it is."
     import gradio
-    return gradio.Gallery(value, show_label=False, allow_preview=False, interactive=False, object_fit="contain", elem_classes="pictures", buttons=[], **options)
+    return gradio.Gallery(value, format="png", show_label=False, allow_preview=False, interactive=False, object_fit="contain", elem_classes="pictures", buttons=[], **options)

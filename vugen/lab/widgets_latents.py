@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'PALETTE', 'SWAPS', 'Gallery', 'scene_gallery', 'in_frame', 'word_colors', 'LatentInspector', 'perturb',
            'swap', 'edited_latents', 'decode_alike', 'inspector_work', 'sight_key', 'inspector_blocks',
-           'selection_counts', 'draw_map', 'inspector_picture', 'bench_of', 'load_autoencoder', 'latent_inspector',
-           'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks', 'explorer_picture', 'reducer_explorer']
+           'selection_counts', 'draw_map', 'draw_legend', 'inspector_picture', 'bench_of', 'load_autoencoder',
+           'latent_inspector', 'ReducerExplorer', 'explorer_work', 'difference', 'explorer_blocks', 'explorer_picture',
+           'reducer_explorer']
 
 # %% ../../nbs/lab/widgets_latents.ipynb #4b505d96
 import math
@@ -26,7 +27,7 @@ from ..decode.pixel_diffusion import noise_for
 from ..encode.encoders import resize_images
 from ..encode.reducers import narrowed, narrowing
 from ..errors import UserError
-from .widgets_view import Panel, State, beside, control, entry, kept, prepare, real_number, sheet, whole_number
+from .widgets_view import Panel, State, beside, control, entry, kept, plain_font, prepare, real_number, sheet, whole_number
 from .workbench import Workbench, with_foils
 from ..understand.maps import latent_map, nearest
 from ..understand.scorers import world_of
@@ -332,6 +333,25 @@ def draw_map(
         if n == block["chosen"]: pen.ellipse([part + sign * 20 for sign in (-1, 1) for part in center], outline="#1976d2", width=7)
     return page.resize((side, side), Image.Resampling.BOX)
 
+# %% ../../nbs/lab/widgets_latents.ipynb #1ab98a42
+def draw_legend(
+    title: str, # the attribute's name
+    legend: Sequence[tuple], # (word, colour) pairs
+    width: int = 300, # in pixels
+) -> Image.Image:
+    "What the colours of a map mean: a dot and a word each, line by line"
+    font, size, x, y, places = plain_font(), 15, 6, 17, []
+    for word, color in legend:
+        wide = 14 + math.ceil(font.getlength(word)) + 10
+        if x + wide > width and x > 6: x, y = 6, y + size
+        places.append((x, y, word, color)); x += wide
+    page = Image.new("RGB", (width, y + size + 3), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((6, 1), f"colour: {title}", "black", font)
+    for x, y, word, color in places: pen.ellipse([x, y + 3, x + 8, y + 11], fill=color, outline="#c8c8c8"); pen.text((x + 14, y), word, (40, 40, 40), font)
+    return page
+
+# %% ../../nbs/lab/widgets_latents.ipynb #f5c37727
 def inspector_picture(
     state: LatentInspector,
 ) -> Image.Image:
@@ -339,8 +359,8 @@ def inspector_picture(
     sight, captions = state.sight, state.gallery.captions
     rows = [[(sight["image"], captions[sight["key"][0]]), (sight["decoded"], f"decoded, {sight['psnr']:.1f} dB"), (sight["edited"], "after the change")],
             [(state.gallery.images[n], f"{likeness:.2f} {captions[n]}") for n, likeness in sight["near"]]]
-    told = f"picture {state.chosen} and its neighbours; {len(state.selected)} selected"
-    return beside(draw_map(_map_block(state)), sheet(rows, 96, told))
+    told, block = f"picture {state.chosen} and its neighbours; {len(state.selected)} selected", _map_block(state)
+    return beside(beside(draw_map(block), draw_legend(state.color, block["legend"]), across=False), sheet(rows, 96, told))
 
 # %% ../../nbs/lab/widgets_latents.ipynb #07c632e8
 def _inspector_alt(self):

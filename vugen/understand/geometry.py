@@ -252,13 +252,18 @@ def cka_rows(
     return [{"encoder": names[0], "suite": "geometry", "category": f"{a} | {b}", "metric": f"CKA ({kernel}, debiased)", "value": float(value), "low": None, "high": None, "n": n, "chance": 0.0, "against": names[1], "layer": a, "other_layer": b}
             for kernel in KERNELS for a, line in zip(first, cka_table(first, second, kernel)) for b, value in zip(second, line)]
 
+def _layers_of(name, model, images, layers, progress=None): # `layer_features` that tells whose layers it means
+    told = progress and (lambda what, done, total: progress(f"{what} of {name}", done, total))
+    try: return layer_features(model, images, layers, progress=told)
+    except UserError as error: raise UserError(f"The encoder {name!r} cannot be measured: {error}") from error
+
 def run_geometry(
     encoder: str = "contrastive",  # see `vugen.understand.probes.load_encoder`
     against: str | None = None,  # another, to be compared by CKA; "untrained" is the encoder with fresh weights
     root=None,  # folder of checkpoints; none is the embedded `tiny` one
     limit: int = 500,  # scenes that are shown
     seed: int = 0,  # of the scenes
-    layers: str | None = None,  # glob of the modules that are measured; none is every block
+    layers: str | None = None,  # glob of the modules that are measured, in both encoders; none is every block
     progress: Callable | None = None,  # called with (what, done, in all)
     device="cpu",
     command: str = "probe --geometry",  # for the record
@@ -271,8 +276,8 @@ def run_geometry(
     vision, _, twin = load_encoder(encoder, root, device)
     if against == "untrained" and twin is None: raise UserError(f"the encoder {encoder!r} has no untrained twin: name another encoder to compare it with.")
     other = None if against is None else twin.vision if against == "untrained" else load_encoder(against, root, device)[0]
-    images = batch(world_of(root), seed, range(limit))["images"]
-    own = layer_features(vision, images, layers, progress=progress)
-    rows = geometry_rows(own, encoder)
-    if other is not None: rows += cka_rows(own, layer_features(other, images, progress=progress), (encoder, against))
+    images, models = batch(world_of(root), seed, range(limit))["images"], [(encoder, vision), *([] if other is None else [(against, other)])]
+    for name, model in models: _layers_of(name, model, images[:2], layers)  # a wrong name is told before the long run
+    own, *others = [_layers_of(name, model, images, layers, progress) for name, model in models]
+    rows = geometry_rows(own, encoder) + [row for each in others for row in cka_rows(own, each, (encoder, against))]
     return {"run": run_record(command, seed, root, device, encoder=encoder, against=against, limit=limit, layers=layers), "rows": rows}
