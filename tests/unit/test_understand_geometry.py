@@ -121,7 +121,8 @@ def test_feature_maps_of_convolutions_are_averaged_over_places():
 def test_by_name():
     found = run_geometry(against="contrastive", limit=40, layers="blocks.[03]")
     same = {(row["layer"], row["other_layer"]): row["value"] for row in found["rows"] if row["metric"].startswith("CKA (linear")}
-    assert len(found["rows"]) == 2 * 4 + 2 * 2 * 4 and np.isclose(same["blocks.0", "blocks.0"], 1) and same["blocks.0", "blocks.3"] < 1 and found["run"]["limit"] == 40
+    shapes, likenesses = 2 * len(MEASURES), 2 * 2 * 2  # two layers of each encoder, two kernels
+    assert len(found["rows"]) == shapes + likenesses and np.isclose(same["blocks.0", "blocks.0"], 1) and same["blocks.0", "blocks.3"] < 1 and found["run"]["limit"] == 40
     axis = plot_cka(np.array([[1., .2]]), ["a"], ["b", "c"])
     assert [text.get_text() for text in axis.texts] == ["1.00", "0.20"]
 
