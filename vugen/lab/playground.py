@@ -25,7 +25,6 @@ CSS = """
 .verdict tr { border-bottom: 1px solid var(--border-color-primary) !important; }
 .verdict th, .verdict td { padding: .4em .5em; text-align: left; vertical-align: top; font-size: .92em; font-variant-numeric: tabular-nums; }
 .verdict th { overflow-wrap: normal; vertical-align: bottom; }
-.verdict td:first-child { min-width: 11em; }
 .verdict td:not(:first-child) { white-space: nowrap; }
 .verdict .right { background: #2da44e50; font-weight: 600; }
 .verdict .wrong { background: #cf222e50; font-weight: 600; }
@@ -41,6 +40,7 @@ CSS = """
 #starters .caption-label { padding: .2em 0; font-size: 11px; }
 #picture .image-container { padding-top: 38px; }
 .label-wrap span { text-align: left; }
+.block:has(> .label-wrap) { overflow-x: clip !important; }
 #starters .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; }
 .verdict td small { opacity: .75; font-weight: 400; }
 .report table { border-collapse: collapse; font-size: .85em; margin: .6em 0 1em; }

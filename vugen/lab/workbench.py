@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SIZE', 'STARTER_CAPTIONS', 'PHOTOGRAPH_CAPTIONS', 'KINDS', 'HEADLINES', 'Starter', 'draw_caption', 'starters',
-           'Verdict', 'listed', 'folded', 'verdict_table', 'judge', 'true_of', 'with_foils', 'Reconstruction',
-           'Workbench', 'headlines', 'headline_table']
+           'Verdict', 'first_cell', 'listed', 'folded', 'verdict_table', 'judge', 'true_of', 'with_foils',
+           'Reconstruction', 'Workbench', 'headlines', 'headline_table']
 
 # %% ../../nbs/lab/workbench.ipynb #8d8061f1
 import html
@@ -94,12 +94,16 @@ def _cell(scorer: str, value: float, best: float, chosen: bool, right: bool | No
     text = f"best {mark}" if chosen else "tie" if not margin else f"{margin:.{2 if abs(margin) >= 0.1 else 3}f}"
     return f'<td class="{style}" data-scorer="{html.escape(scorer)}">{text}</td>'
 
+def first_cell(content: str) -> str:
+    "The cell that begins a row: wide enough to be read in notebooks and on the site too, where the playground's style is not at hand."
+    return f'<td style="min-width: 11em">{content}</td>'
+
 def _row(verdict: Verdict, place: int, truth: int | None) -> str:
     "A caption, its kind and a cell for each scorer."
     right = None if truth is None else place == truth
     cells = "".join(_cell(name, values[place], max(values), verdict.choice(name) == place, right) for name, values in verdict.scores.items())
     kind = f"<br><small>{html.escape(KINDS.get(verdict.kinds[place], verdict.kinds[place]))}</small>" if verdict.kinds[place] else ""
-    return f"<tr><td>{html.escape(verdict.captions[place])}{kind}</td>{cells}</tr>"
+    return f"<tr>{first_cell(html.escape(verdict.captions[place]) + kind)}{cells}</tr>"
 
 # %% ../../nbs/lab/workbench.ipynb #6100aa2c
 def listed(names: Sequence[str]) -> str:
