@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -16,6 +17,7 @@ from vugen.experiment.items import KINDS, make_items, outcomes
 from vugen.experiment.plans import PRESETS, make_plan, moments, plan_digest, spent_at, write_plan
 from vugen.experiment.runner import OUTCOMES, ArmStage, Run, collect, read_scores, restore, run_plan
 from vugen.lab.cli import main
+from vugen.lab.experiment import Experiment
 
 ARMS = ("contrastive", "contrastive+pixels", "contrastive+sham", "llava-frozen")
 
@@ -61,7 +63,9 @@ def test_killed_twice_it_goes_on_to_the_same_scores(undisturbed, plan, tmp_path)
         while process.poll() is None and not list(out.glob(mark)): time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert start(plan_file, out).wait() == 0
+    last = start(plan_file, out)
+    said = last.communicate()[1].decode()
+    assert last.returncode == 0, said
     here = Run(out)
     for name in ARMS: assert scores_of(here, name) == scores_of(undisturbed, name)
 
@@ -121,6 +125,45 @@ def test_what_a_job_killed_last_of_all_leaves_is_cleared_too(calm, light, tmp_pa
     assert killed.returncode == -signal.SIGKILL and here.done("contrastive", 0) and remains(here), killed.stderr
     run_plan(here, show=False)
     assert not remains(here) and scores_of(here, "contrastive") == scores_of(calm, "contrastive")
+
+
+def test_what_a_kill_inside_a_write_leaves_is_passed_over(calm, light, tmp_path):
+    here = Run(tmp_path / "run", light)
+    torn = here.job("contrastive", 0) / "moments/.step-00000003.parquet.12345678.tmp.parquet"
+    torn.parent.mkdir(parents=True); torn.write_bytes(b"PAR1")
+    assert not run_plan(here, arms=["contrastive"], show=False)["left"] and scores_of(here, "contrastive") == scores_of(calm, "contrastive")
+
+
+def test_a_wish_to_end_in_the_last_step_of_a_training_is_followed(calm, light, tmp_path, monkeypatch):
+    "The training is whole then, the plan is not."
+    from vugen.train import loop
+    train_step, here = loop.train_step, Run(tmp_path / "run", light)
+    def last_of_all(training, batches):
+        fine = train_step(training, batches)
+        if training.step == training.recipe.steps: os.kill(os.getpid(), signal.SIGTERM)
+        return fine
+    monkeypatch.setattr(loop, "train_step", last_of_all)
+    found = run_plan(here, show=False)
+    assert found["signal"] == signal.SIGTERM and not found["done"] and (here.job("contrastive", 0) / "weights/run.json").is_file()
+    monkeypatch.undo()
+    assert not run_plan(here, show=False)["left"]
+    for arm in light["arms"]: assert scores_of(here, arm) == scores_of(calm, arm)
+
+
+def test_a_program_that_waits_for_its_helper_takes_it_along(light, tmp_path, monkeypatch, capsys):
+    "Its own jobs are done, the helper's is not."
+    helper, pid = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)", tmp_path / "pid"
+    monkeypatch.setattr("vugen.lab.experiment.helper_command", lambda *_: [sys.executable, "-c", helper, str(pid)])
+    def nothing_left(*_):
+        while not pid.is_file() or not pid.read_text(): time.sleep(0.01)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return {"done": [], "left": [], "signal": 0}
+    monkeypatch.setattr("vugen.experiment.runner.run_plan", nothing_left)
+    threads = torch.get_num_threads()
+    try: left = Experiment(("run", str(write_plan(light, tmp_path / "plan.json"))), out=tmp_path / "run", processes=2, device="cpu")("vugen experiment")
+    finally: torch.set_num_threads(threads)
+    assert left == 128 + signal.SIGTERM and "the same command goes on" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError): os.kill(int(pid.read_text()), 0)
 
 
 def test_two_processes_share_a_run(undisturbed, plan, tmp_path):

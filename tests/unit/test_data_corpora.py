@@ -136,6 +136,13 @@ def test_the_fingerprint_of_a_folder_follows_its_content(folder):
     assert ImageFolder(folder, 8).fingerprint() != first
 
 
+def test_what_a_killed_program_was_writing_is_no_picture(folder):
+    before, known = ImageFolder(folder, 16).files, ImageFolder(folder, 16).fingerprint()
+    Image.new("RGB", (20, 20)).save(folder / ".late.png.12345678.tmp.png")
+    (folder / ".cache").mkdir(); Image.new("RGB", (20, 20)).save(folder / ".cache/late.png")
+    assert ImageFolder(folder, 16).files == before and ImageFolder(folder, 16).fingerprint() == known
+
+
 def test_names_of_broken_files_are_capped_and_their_count_is_not(folder):
     for number in range(NAMES_KEPT + 5): (folder / f"broken-{number}.png").write_text("x")
     pictures = ImageFolder(folder, 8)

@@ -121,6 +121,9 @@ def test_parts_that_do_not_differ_are_trained_once(monkeypatch, tmp_path):
     assert len(set(keys.values())) == 1 and {"PDD, 8 steps", "PDD, 1 step", "LDM, 8 steps"} <= set(keys)
     with pytest.raises(Left): ablations.train_part(points[0].parts["decoder"], tmp_path, ROOT, "", show=False)
     assert trained == ["decoder"]
+    monkeypatch.setattr(ablations, "run", lambda *words, **more: {"status": "finished", "signal": signal.SIGTERM})  # which came in the last step
+    with pytest.raises(Left) as left: ablations.train_part(points[0].parts["decoder"], tmp_path, ROOT, "", show=False)
+    assert left.value.result == {"status": "interrupted", "signal": signal.SIGTERM}
     seeds = {point.seed: point.parts["decoder"].key for point in make_plan(TWO, SMOKE, ROOT, (0, 1))[0]}
     assert seeds[0] != seeds[1]
 

@@ -31,6 +31,7 @@ from . import scenes
 from .images import PHOTOGRAPHS, center_crop, load_image, sample_photographs, shrink, to_tensor
 from .scenes import World
 from ..errors import UserError
+from ..paths import visible
 
 # %% ../../nbs/data/corpora.ipynb #dcdab8f7
 HELD_OUT_PHOTOGRAPHS = ("cat", "coffee", "temple", "rocket")
@@ -243,7 +244,7 @@ class ImageFolder:
     ):
         self.folder, self.image_size, self.seed, self.crop, self.template, self.workers = Path(folder).expanduser(), image_size, seed, crop, template, workers
         if not self.folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-        self.files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.files = [path for path in visible(self.folder, "**/*") if path.suffix.lower() in SUFFIXES]
         if metadata != "metadata.jsonl" and not (self.folder / metadata).is_file(): raise UserError(f"{self.folder / metadata} does not exist: name a file of captions by its place seen from the folder.")
         self.metadata, self.classes = self.folder / metadata, read_classes(self.folder)
         self.captions, self.skipped = read_metadata(self.metadata, caption)
@@ -324,7 +325,7 @@ class ImageFolder:
     def fingerprint(self) -> str:
         "16 hex digits over names and sizes of all files, and the captions' files whole"
         digest = hashlib.sha256()
-        for path in sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in (*SUFFIXES, ".txt")): digest.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
+        for path in (path for path in visible(self.folder, "**/*") if path.suffix.lower() in (*SUFFIXES, ".txt")): digest.update(f"{path.relative_to(self.folder).as_posix()} {path.stat().st_size}\n".encode())
         for path in (self.metadata, classes_file(self.folder)): digest.update(path.read_bytes() if path and path.is_file() else b"")
         return digest.hexdigest()[:16]
 
@@ -581,7 +582,7 @@ def tar_files(
     "The shards of a WebDataset"
     place = Path(path).expanduser()
     named = [place] if place.exists() else [Path(each) for each in glob.glob(str(place), recursive=True)]
-    found = {file for each in named for file in (each.rglob("*.tar") if each.is_dir() else [each])}
+    found = {file for each in named for file in (visible(each, "**/*.tar") if each.is_dir() else [each])}
     if not found: raise UserError(f"{path} holds no .tar file: name a folder of shards, a glob such as shards/*.tar or sets/*/*.tar, or a file.")
     return sorted(str(file) for file in found)
 

@@ -22,7 +22,7 @@ import torch
 from .corpora import SUFFIXES, ImageFolder, captions_beside, share_of, tar_files
 from .images import load_image
 from ..errors import UserError
-from ..paths import atomic_path
+from ..paths import atomic_path, visible
 
 # %% auto #0
 __all__ = ['TASKS', 'QUESTION', 'prompt_for', 'Captioner', 'read_lines', 'slug', 'open_journal', 'check_record', 'caption_into',
@@ -260,8 +260,8 @@ def holds_shards(
 ) -> bool:
     "Whether it is a folder without pictures and with tar files, a glob, or a tar file"
     place = Path(path).expanduser()
-    if place.is_dir() and next((each for each in place.rglob("*") if each.suffix.lower() in SUFFIXES), None): return False
-    return bool(next(place.rglob("*.tar"), None)) if place.is_dir() else path.endswith(".tar") or any(mark in path for mark in "*?[")
+    if place.is_dir() and any(each.suffix.lower() in SUFFIXES for each in visible(place, "**/*")): return False
+    return bool(visible(place, "**/*.tar")) if place.is_dir() else path.endswith(".tar") or any(mark in path for mark in "*?[")
 
 def main(argv=None): # words of the command line; default sys.argv
     "`python -m vugen.data.recaption FOLDER --model NAME_OR_FOLDER`; leaves with code 2 and a sentence after a mistake, 130 after an interrupt"

@@ -21,6 +21,7 @@ from ..data.images import load_image
 from ..errors import UserError
 from .dpg_bench import samples_of
 from .judgements import Job, JudgementStore, clustered_mean, digest_of, judged
+from ..paths import visible
 
 # %% auto #0
 __all__ = ['WEIGHT', 'PREFIX', 'NAMES', 'CLIP_ANCHORS', 'Matcher', 'cosines', 'clip_score', 'PromptedPicture',
@@ -112,7 +113,7 @@ def _foldered(folder): # GenEval's layout
         for sample in sorted((path.parent / "samples").glob("[0-9]*.png")): yield PromptedPicture(sample, prompt, sample.relative_to(folder).as_posix())
 
 def _beside(folder): # NAME.txt with the prompt beside NAME.png
-    for path in sorted(folder.glob("*.txt")):
+    for path in visible(folder, "*.txt"):
         found = next((path.with_suffix(suffix) for suffix in (".png", ".jpg", ".jpeg", ".webp") if path.with_suffix(suffix).is_file()), None)
         if found: yield PromptedPicture(found, " ".join(path.read_text(encoding="utf-8").split()), found.name)
 

@@ -22,7 +22,7 @@ from PIL import Image
 from ..data.images import load_image
 from ..errors import UserError
 from ..models.saving import fingerprint
-from ..paths import atomic_path, cache_dir
+from ..paths import atomic_path, cache_dir, visible
 
 # %% ../../nbs/evaluate/features.ipynb #8cef2d28
 def to_pixels(picture: Image.Image) -> torch.Tensor:  # RGB; float32 [3, H, W] in [0, 1]
@@ -157,7 +157,7 @@ class FeatureStore:
                  ):
         self.folder = Path(folder or cache_dir() / "features") / extractor.fingerprint
         self.rows, self.pending, self.open = {}, [], {}
-        for path in sorted(self.folder.glob("*.safetensors")): self._index(path)
+        for path in visible(self.folder, "*.safetensors"): self._index(path)
 
     def _index(self, path):
         from safetensors import safe_open
@@ -200,8 +200,7 @@ def picture_files(
     "The picture files in a folder; hidden ones are passed over"
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURES and path.is_file()}
-    found = {name: path for name, path in found.items() if not any(part.startswith(".") for part in name.split("/"))}
+    found = {path.relative_to(folder).as_posix(): path for path in visible(folder, "**/*") if path.suffix.lower() in PICTURES and path.is_file()}
     if not found: raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)}): name another folder.")
     return found
 

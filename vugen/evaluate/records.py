@@ -13,6 +13,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from ..paths import visible
+
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'cores', 'hardware', 'git_revision', 'environment', 'checkpoint_fingerprints', 'run_record']
 
@@ -74,7 +76,7 @@ def environment(device="cpu"):  # a torch device or its name
 def _digest(folder: Path) -> str:
     "16 hex digits over the names and bytes of a folder's weight files"
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in visible(folder, "**/*.safetensors"):
         total.update(path.relative_to(folder).as_posix().encode())
         total.update(path.read_bytes())
     return total.hexdigest()[:16]
@@ -84,7 +86,7 @@ def checkpoint_fingerprints(
 ) -> dict[str, str]: # part → 16 hex digits over its weight files
     "What identifies the weights of every trained part"
     folders = sorted(path for path in Path(root).glob("[!.]*") if path.is_dir()) if Path(root).is_dir() else []
-    return {folder.name: _digest(folder) for folder in folders if any(folder.rglob("*.safetensors"))}
+    return {folder.name: _digest(folder) for folder in folders if visible(folder, "**/*.safetensors")}
 
 # %% ../../nbs/evaluate/records.ipynb #516d32ff
 def run_record(

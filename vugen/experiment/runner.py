@@ -26,14 +26,14 @@ from .readouts import fit_readouts, readout_scores
 from ..models.layers import count_parameters
 from ..models.saving import load_weights
 from ..models.text import WordTokenizer, scene_words
-from ..paths import atomic_path
+from ..paths import atomic_path, visible
 from ..train.loop import default_state, read_log, run, snapshot_folder
 from ..train.presets import Recipe
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
-           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'finish_job', 'run_job', 'run_plan', 'collect',
-           'restore', 'curves', 'pilot_record', 'work_alone', 'main']
+           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'finish_job', 'run_job', 'run_plan',
+           'signals_raised', 'collect', 'restore', 'curves', 'pilot_record', 'work_alone', 'main']
 
 # %% ../../nbs/experiment/runner.ipynb #991d0005
 class ArmStage:
@@ -128,8 +128,8 @@ def recipe_of(
     "The same optimisation for every arm; the rate stays constant after the warm-up, so that a moment does not depend on when the training ends, and gradients are not clipped, so that a head's gradient cannot shrink the encoder's"
     return Recipe(steps=steps, seed=seed, schedule="constant", gradient_clip=0, precision="fp32", log_every=10, checkpoint_every=100, snapshots=tuple(sorted(snapshots)), **plan["recipe"])
 
-class Stopped(Exception):
-    "The training was asked to leave; its state is saved"
+class Stopped(BaseException): # as KeyboardInterrupt, so that no `except Exception` on the way swallows it
+    "A wish to end was followed; what was trained and scored is saved"
     def __init__(self, signal): self.signal = signal
 
 def train_part(
@@ -146,7 +146,7 @@ def train_part(
     out, stage = here.job(name, seed) / folder, ArmStage(here.plan, name, seed, here.vae, start)
     if not (out / "run.json").is_file():
         result = run(stage, recipe_of(here.plan, seed, steps, snapshots), out, resume=True, command="vugen experiment run", show=show)
-        if result["status"] != "finished": raise Stopped(result["signal"])
+        if result["status"] != "finished" or result["signal"]: raise Stopped(result["signal"]) # a wish that came in the last step counts too
     shutil.rmtree(default_state(out), ignore_errors=True)
     return stage
 
@@ -228,7 +228,7 @@ def read_scores(
     "The rows of a file of scores"
     from pyarrow import parquet
     try: return parquet.read_table(path).to_pylist()
-    except OSError as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): delete it and run the plan again, which measures what is missing.") from error
+    except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): delete it and run the plan again, which measures what is missing.") from error
 
 def score_moment(here, stage, name, seed, step, kinds, device="cpu"):
     "Score one snapshot and keep its rows; what is there already is not measured again"
@@ -254,7 +254,7 @@ def _parameters(arm):
 def finish_job(here, stage, name, seed, seconds):
     "Merge the moments, write the record, drop the weights"
     job = here.job(name, seed)
-    write_scores([row for path in sorted((job / "moments").glob("*.parquet")) for row in read_scores(path)], job / "scores.parquet")
+    write_scores([row for path in visible(job / "moments", "*.parquet") for row in read_scores(path)], job / "scores.parquet")
     log, arm = read_log(job / "weights" / "log.jsonl"), here.plan["arms"][name]
     record = {"plan": plan_digest(here.plan), "arm": name, "seed": seed, "parameters": _parameters(stage.build()), "gflops_per_step": arm["gflops_per_step"], "gflops_before": arm["gflops_before"],
               "earlier": arm["earlier"], "before": arm["before"], "steps": arm["before"] + arm["steps"], "seconds": round(seconds, 1), **environment(), "loss": [[line["step"], round(line["loss"], 4)] for line in log],
@@ -303,7 +303,7 @@ def run_plan(
     def left(): return [job for job in jobs if not here.done(*job)]
     def late(): return minutes is not None and time.monotonic() - start > 60 * minutes
     try:
-        with _leaving():
+        with signals_raised():
             for seed in {seed for _, seed in jobs}: _tidy(here, seed) # of a process that was killed between the record and this
             while left() and worked:
                 worked = False
@@ -315,7 +315,7 @@ def run_plan(
     return {"done": [job for job in jobs if here.done(*job)], "left": left(), "signal": stopped}
 
 @contextlib.contextmanager
-def _leaving():
+def signals_raised():
     "A wish to end is followed wherever it comes, while a job is scored too; training answers it by itself and saves its state"
     import signal, threading
     if threading.current_thread() is not threading.main_thread(): yield; return

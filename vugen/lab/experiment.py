@@ -76,7 +76,7 @@ def run_folder(verb, plan):  # Experiment; a plan
 def run_verb(verb, path):  # Experiment; a plan's file
     "Work on a plan, with further processes beside this one if asked for."
     from vugen.experiment.plans import read_plan
-    from vugen.experiment.runner import Run, restore, run_plan
+    from vugen.experiment.runner import Run, Stopped, restore, run_plan, signals_raised
     plan = read_plan(path)
     out = run_folder(verb, plan)
     check_target(out, "folder")
@@ -85,18 +85,19 @@ def run_verb(verb, path):  # Experiment; a plan's file
     jobs = here.jobs(verb.arms or None, verb.seeds or None)
     print(f"{out}: {sum(here.done(*job) for job in jobs)} of {len(jobs)} jobs are done.", flush=True)
     try:
-        helpers = [subprocess.Popen(helper_command(verb, path, out), env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(verb.processes - 1)]
-        if helpers: import torch; torch.set_num_threads(1)
-        found = run_plan(here, verb.arms or None, verb.seeds or None, verb.minutes, pick_device(verb.device))
-        for helper in helpers:
-            if found["signal"]: helper.terminate() # it saves its state as well
-            helper.wait()
+        with signals_raised():
+            for _ in range(verb.processes - 1): helpers.append(subprocess.Popen(helper_command(verb, path, out), env={**os.environ, "OMP_NUM_THREADS": "1"}))
+            if helpers: import torch; torch.set_num_threads(1)
+            signal = run_plan(here, verb.arms or None, verb.seeds or None, verb.minutes, pick_device(verb.device))["signal"]
+            if not signal: [helper.wait() for helper in helpers]
+    except Stopped as stop: signal = stop.signal
     finally:
-        for helper in helpers: helper.terminate()
+        for helper in helpers: helper.terminate() # it saves its state as well
+        for helper in helpers: helper.wait()
     left = here.jobs(verb.arms or None, verb.seeds or None)
     done = sum(here.done(*job) for job in left)
     print(f"{done} of {len(left)} jobs are done" + ("." if done == len(left) else "; the same command goes on."))
-    return 128 + found["signal"] if found["signal"] else 0
+    return 128 + signal if signal else 0
 
 
 def helper_command(verb, path, out):  # Experiment; plan; folder

@@ -472,6 +472,7 @@ def train_part(part, out, root, command, show=True):
     if not (folder / "run.json").is_file() or unmeasured(folder):
         result = run(stage_kind(part.step.stage)(part.preset, home), part.preset.stage(part.step.stage).recipe, folder, resume=True, command=command, show=show)
         if result["status"] != "finished": raise Left(result)
+        if result["signal"]: raise Left({**result, "status": "interrupted"})  # a wish that came in the last step counts too
     shutil.rmtree(default_state(folder), ignore_errors=True)
     return read_json(folder / "run.json", f"delete {folder} and run the same command again")
 

@@ -22,6 +22,7 @@ from PIL import Image
 from ..data.images import load_image
 from ..errors import UserError
 from ..evaluate.intervals import wilson
+from ..paths import visible
 from .published import SUFFIXES, Shot, macro_interval, open_original, read_list
 
 # %% auto #0
@@ -124,7 +125,7 @@ def _mme_picture(folder, name): # beside its text, or in images/
 def _mme_folder(task, folder, sieve):
     "The questions of one task"
     texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
-    for path in sorted(texts.glob("*.txt")):
+    for path in visible(texts, "*.txt"):
         group, lines = f"{task}/{path.stem}", _task_lines(path, sieve)
         if lines and len(lines) != 2: sieve.drop(str(path), f"has {len(lines)} {'question' if len(lines) == 1 else 'questions'}, not two", group); continue
         shot = _mme_picture(texts, path.stem)
@@ -257,7 +258,7 @@ def _mmbench_files(source): # the tables of one split
     if source.is_file(): return [source]
     if not source.is_dir(): raise UserError(f"{source} does not exist: name the file of MMBench; expected {_MMBENCH}.")
     splits = {}
-    for path in sorted(path for kind in ("*.tsv", "*.parquet", "*.csv") for path in (*source.glob(kind), *source.glob(f"*/{kind}"))): splits.setdefault(re.sub(r"-\d+-of-\d+$", "", path.stem), []).append(path)
+    for path in visible(source, *(f"{where}*.{kind}" for kind in ("tsv", "parquet", "csv") for where in ("", "*/"))): splits.setdefault(re.sub(r"-\d+-of-\d+$", "", path.stem), []).append(path)
     chosen = [name for name in splits if "dev" in name.lower()] if len(splits) > 1 else list(splits)
     if len(chosen) != 1: raise UserError(f"{source} holds {len(splits) or 'no'} tables{' (' + ', '.join(sorted(splits)[:6]) + ')' if splits else ''}: name the file of one; expected {_MMBENCH}.")
     return splits[chosen[0]]
