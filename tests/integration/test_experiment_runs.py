@@ -15,7 +15,7 @@ from vugen.data.scenes import World, batch, holds, parse
 from vugen.errors import UserError
 from vugen.experiment.items import KINDS, make_items, outcomes
 from vugen.experiment.plans import PRESETS, make_plan, moments, plan_digest, spent_at, write_plan
-from vugen.experiment.runner import OUTCOMES, ArmStage, Run, collect, read_scores, restore, run_plan
+from vugen.experiment.runner import OUTCOMES, UNTRAINED, ArmStage, Run, collect, pilot_record, read_scores, restore, run_plan, score_untrained
 from vugen.lab.cli import main
 from vugen.lab.experiment import Experiment
 
@@ -184,6 +184,41 @@ def test_results_of_two_plans_are_never_mixed(undisturbed, plan, tmp_path, capsy
         record.write_text(json.dumps({**json.loads(kept), "plan": "000000000000"}))
         with pytest.raises(UserError, match="another plan"): collect(undisturbed, tmp_path / "data")
     finally: record.write_text(kept)
+
+
+def test_a_job_that_another_plan_began_is_not_gone_on_with(light, tmp_path):
+    "Also where plan.json was edited in the run's own folder."
+    from vugen.experiment import runner
+    here = Run(tmp_path / "run", light)
+    runner.train_arm(here, "contrastive", 0, show=False)
+    edited = {**light, "items": {**light["items"], "seed": 5}}
+    write_plan(edited, here.folder / "plan.json")
+    with pytest.raises(UserError, match="never mixed"): run_plan(Run(here.folder), show=False)
+    write_plan(light, here.folder / "plan.json")
+    assert not run_plan(Run(here.folder), arms=["contrastive"], show=False)["left"]
+    write_plan(edited, here.folder / "plan.json")
+    with pytest.raises(UserError, match="never mixed"): run_plan(Run(here.folder), show=False)
+
+
+def test_the_untrained_encoder_is_scored_beside_the_arms(calm, light, collected, tmp_path):
+    rows = scores_of(calm, UNTRAINED)
+    assert {row["readout"] for row in rows} == {"linear", "attention"} and {(row["arm"], row["seed"], row["step"], row["moment"]) for row in rows} == {(UNTRAINED, 0, 0, "steps")}
+    assert {(row["suite"], row["kind"], row["item"]) for row in rows} == {(row["suite"], row["kind"], row["item"]) for row in scores_of(calm, "contrastive") if row["readout"] == "linear"}
+    assert read_scores(collected / "untrained.parquet") == rows == score_untrained(light, 0) and UNTRAINED not in {row["arm"] for row in read_scores(collected / "scores.parquet")}
+    here = Run(tmp_path / "run", light)
+    restore(here, collected)
+    assert scores_of(here, UNTRAINED) == rows and here.record(UNTRAINED, 0)["plan"] == plan_digest(light)
+
+
+def test_a_pilot_tells_its_recipe_and_uses_no_seed_of_the_plan(tmp_path, calm, capsys, light):
+    found = pilot_record(calm, "longer")
+    assert (found["recipe"], found["steps"], found["seeds"], found["decision"]) == (light["recipe"], light["steps"], [0], "longer")
+    words = ["experiment", "plan", "--preset", "smoke", "--arms", "contrastive", "--pilot", str(calm.folder), "--out", str(tmp_path / "plan.json")]
+    with pytest.raises(SystemExit) as left: main([*words, "--seeds", "0", "1"])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "seed 0" in said and not (tmp_path / "plan.json").exists()
+    with pytest.raises(SystemExit) as left: main([*words, "--seeds", "1"])
+    assert left.value.code == 0 and json.loads((tmp_path / "plan.json").read_text())["pilot"][0]["recipe"] == light["recipe"]
 
 
 def test_what_is_collected_is_reported(undisturbed, tmp_path, capsys):

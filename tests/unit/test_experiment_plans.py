@@ -41,7 +41,10 @@ WRONG = {  # what is put where, and what the sentence names
     "an unknown entry of the items": (("items", "per_sort"), 3, "per_sort"), "an unknown dial": (("world", "colour"), ["red"], "colour"), "an unknown colour": (("world", "colors"), ["reddish", "blue"], "reddish"),
     "an unknown arm": (("arms", "contrastive+sound"), {}, "contrastive+sound"), "an arm that is no table": (("arms", "contrastive"), 5, "contrastive"), "an arm's steps as text": (("arms", "contrastive", "steps"), "six", "steps"), "an unknown entry of an arm": (("arms", "contrastive", "stepz"), 6, "stepz"),
     "an unknown setting of an arm": (("arms", "contrastive", "settings"), {"temprature": 1}, "temprature"), "an unknown entry of the plan": (("stepz",), 6, "stepz"), "a budget as text": (("gflops",), "much", "gflops"), "a curve with text": (("curve",), [3, "6"], "curve"),
-    "no primary arm": (("primary",), {"metric": "text"}, "primary"), "a comparison with an unknown arm": (("comparisons",), [["contrastive", "contrastive+sound"]], "contrastive+sound"), "an unknown suite": (("items", "suites"), ["seen", "unseen"], "unseen"), "a negative step": (("curve",), [-3, 6], "curve")}
+    "no primary arm": (("primary",), {"metric": "text"}, "primary"), "a comparison with an unknown arm": (("comparisons",), [["contrastive", "contrastive+sound"]], "contrastive+sound"), "an unknown suite": (("items", "suites"), ["seen", "unseen"], "unseen"), "a negative step": (("curve",), [-3, 6], "curve"),
+    "no items": (("items", "per_kind"), 0, "per_kind"), "a seed too large": (("seeds",), [40_000], "40000"), "a seed below zero": (("seeds",), [-1], "-1"), "no pictures for the probes": (("readouts", "pictures"), 0, "pictures"),
+    "a level above one": (("primary", "alpha"), 7.0, "alpha"), "a moment that is none": (("primary", "at"), "time", "time"), "a score that is none": (("primary", "metric"), "txt", "txt"), "a readout that is none": (("primary", "readout"), "x", "readout"),
+    "a family that is none": (("primary", "family"), "bindings", "bindings"), "a primary suite that is not scored": (("primary", "suite"), "unseen", "unseen"), "an effect of nothing": (("primary", "smallest_effect"), 0.0, "smallest_effect")}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -55,6 +58,14 @@ def test_a_wrong_plan_is_refused_in_one_sentence(wrong, plan, tmp_path, capsys):
     said = capsys.readouterr().err
     assert left.value.code == 2 and named in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("words,named", [((), "run PLAN"), (("plan", "--preset", "smoke", "--why", "it was clear"), "--pilot")])
+def test_a_wrong_command_is_one_sentence(words, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left: main(["experiment", *words])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and named in said and "Traceback" not in said and not list(tmp_path.iterdir())
 
 
 def places(value, path=()):

@@ -20,7 +20,7 @@ from ..decode.vae import load_vae
 from ..encode.contrastive import caption_groups
 from ..errors import UserError
 from .arms import ARMS, JepaArm, VugenArm, arm_kind, make_arm, needs_vae
-from .items import KINDS, SUITES
+from .items import KINDS, OUTCOMES, SUITES
 from .parts import Sizes
 from ..models.text import WordTokenizer, scene_words
 from ..models.saving import fingerprint
@@ -178,6 +178,20 @@ def _check_names(plan, source): # what one entry says of another
     if unknown := [name for pair in plan["comparisons"] for name in pair if name not in plan["arms"]]: raise UserError(f"{source} compares {unknown[0]!r} in 'comparisons', which is none of its arms: take it out, or add the arm.")
     if odd := [pair for pair in plan["comparisons"] if len(pair) != 2]: raise UserError(f"{source} has {_said(odd[0])} in 'comparisons': give pairs of arms.")
 
+_CHOICES = {"metric": OUTCOMES, "family": tuple(dict.fromkeys(family for family, _ in KINDS)), "readout": ("native", "linear", "attention", "denoising"), "at": ("steps", "flops")}
+
+def _check_values(plan, source): # numbers and words that would be found wanting after hours
+    def refuse(where, key, value, mend): raise UserError(f"{source} says {key}: {_said(value)} in {where}: {mend}.")
+    for where, least in (("items", 1), ("readouts", 8)):
+        for key, value in plan[where].items():
+            if key not in ("suites", "seed") and value < least: refuse(f"'{where}'", key, value, f"give a whole number from {least} on")
+    if odd := [seed for seed in plan["seeds"] if not 0 <= seed < 2 ** 15]: refuse("the plan", "seeds", odd[0], f"give whole numbers from 0 to {2 ** 15 - 1}")
+    primary = plan["primary"]
+    for key, known in (*_CHOICES.items(), ("suite", plan["items"]["suites"])):
+        if primary[key] not in known: refuse("'primary'", key, primary[key], f"choose one of {', '.join(known)}")
+    for key in ("alpha", "smallest_effect"):
+        if not 0 < primary[key] < 1: refuse("'primary'", key, primary[key], "give a number between 0 and 1")
+
 def check_plan(
     plan: dict,
     source: str = "The plan", # for the message
@@ -187,6 +201,7 @@ def check_plan(
         if key not in plan: raise UserError(f"{source} has no {key!r}: write it anew with `vugen experiment plan`.")
     _check_tables(plan, source)
     _check_names(plan, source)
+    _check_values(plan, source)
     return plan
 
 def write_plan(

@@ -27,13 +27,14 @@ from ..models.layers import count_parameters
 from ..models.saving import load_weights
 from ..models.text import WordTokenizer, scene_words
 from ..paths import atomic_path, visible
-from ..train.loop import default_state, read_log, run, snapshot_folder
+from ..train.loop import default_state, read_log, run, seed_everything, snapshot_folder, step_seed
 from ..train.presets import Recipe
 
 # %% auto #0
-__all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
-           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'finish_job', 'run_job', 'run_plan',
-           'signals_raised', 'collect', 'restore', 'curves', 'pilot_record', 'work_alone', 'main']
+__all__ = ['COLUMNS', 'UNTRAINED', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm',
+           'items_of', 'score_arm', 'write_scores', 'read_scores', 'score_moment', 'score_untrained', 'run_untrained',
+           'keep_untrained', 'finish_job', 'run_job', 'run_plan', 'signals_raised', 'collect', 'restore', 'curves',
+           'pilot_record', 'work_alone', 'main']
 
 # %% ../../nbs/experiment/runner.ipynb #991d0005
 class ArmStage:
@@ -96,6 +97,21 @@ class Run:
 
     def job(self, name, seed): return self.folder / name.replace(" ", "-") / str(seed)
     def done(self, name, seed): return (self.job(name, seed) / "record.json").is_file()
+    def begin(self, name, seed):
+        "Mark a job as this plan's before anything of it is kept; one that another plan began is refused"
+        mark, own = self.job(name, seed) / "plan.txt", plan_digest(self.plan)
+        there = mark.read_text(encoding="utf-8").strip() if mark.is_file() else own
+        if there != own: raise UserError(f"{mark.parent} was begun by the plan {there}, and this is {own}: results of two plans are never mixed, name another folder with --out, or delete this job.")
+        with atomic_path(mark) as temporary: temporary.write_text(own + "\n", encoding="utf-8")
+
+    def record(self, name, seed):
+        "The record of a finished job of this plan"
+        path, own = self.job(name, seed) / "record.json", plan_digest(self.plan)
+        try: found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read ({type(error).__name__}): delete it and run the plan again.") from error
+        if found["plan"] != own: raise UserError(f"{path} belongs to another plan ({found['plan']}, not {own}): results of two plans are never mixed, move this job away and run the plan again.")
+        return found
+
     def jobs(self, arms=None, seeds=None):
         "(arm, seed) of all jobs, in the order in which they are taken up: seed by seed, earlier arms first"
         arms = list(self.plan["arms"] if arms is None else arms)
@@ -143,6 +159,7 @@ def train_part(
     folder: str = "weights", # within the job's
 ) -> ArmStage:
     "Train a part, or go on with it; its weights lie in `weights`, its snapshots beside them"
+    here.begin(name, seed)
     out, stage = here.job(name, seed) / folder, ArmStage(here.plan, name, seed, here.vae, start)
     if not (out / "run.json").is_file():
         result = run(stage, recipe_of(here.plan, seed, steps, snapshots), out, resume=True, command="vugen experiment run", show=show)
@@ -245,6 +262,32 @@ def score_moment(here, stage, name, seed, step, kinds, device="cpu"):
     path.parent.mkdir(exist_ok=True)
     return write_scores(rows, path)
 
+# %% ../../nbs/experiment/runner.ipynb #07404b2d
+UNTRAINED = "untrained"
+
+def score_untrained(
+    plan: dict,
+    seed: int,
+    device: str | torch.device = "cpu",
+) -> list[dict]: # rows with all `COLUMNS`, of both probes
+    "Outcomes of every item where nothing but the probe is trained"
+    seed_everything(step_seed(seed, "build")) # as the training loop does
+    arm = ArmStage(plan, "contrastive", seed).build().to(device).eval()
+    common = {"arm": UNTRAINED, "seed": seed, "step": 0, "samples": 0, "gflops": 0.0, "moment": "steps"}
+    return [{**common, **row} for row in score_arm(plan, arm, seed, whole=True) if row["readout"] != "native"]
+
+def run_untrained(here, seed, device="cpu", show=True):
+    "Score a seed's untrained encoder, unless that is done or another process holds it"
+    with claimed(here.job(UNTRAINED, seed)) as mine:
+        if not mine or here.done(UNTRAINED, seed): return
+        if show: print(f"{UNTRAINED}: probes of the encoder before its first step, seed {seed}", flush=True)
+        keep_untrained(here, seed, score_untrained(here.plan, seed, device), environment())
+
+def keep_untrained(here, seed, rows, surroundings):
+    "Scores first, then the record, which says that they are whole"
+    write_scores(rows, here.job(UNTRAINED, seed) / "scores.parquet")
+    with atomic_path(here.job(UNTRAINED, seed) / "record.json") as temporary: temporary.write_text(json.dumps({"plan": plan_digest(here.plan), "arm": UNTRAINED, "seed": seed, **surroundings}, indent=1) + "\n", encoding="utf-8")
+
 # %% ../../nbs/experiment/runner.ipynb #991d0012
 def _parameters(arm):
     head = sum(count_parameters(part) for name, part in arm.named_children() if name in ("head", "space", "tower", "reduction", "predictor", "flow_out", "into", "plain", "fuse", "gate"))
@@ -300,6 +343,7 @@ def run_plan(
     "All jobs that nobody holds, one after the other; several processes may call it on one folder"
     start, stopped, worked = time.monotonic(), 0, True
     jobs = here.jobs(arms, seeds)
+    for job in jobs: here.done(*job) and here.record(*job) # of this plan, or refused
     def left(): return [job for job in jobs if not here.done(*job)]
     def late(): return minutes is not None and time.monotonic() - start > 60 * minutes
     try:
@@ -311,6 +355,8 @@ def run_plan(
                     with _held(here, name, seed) as mine:
                         if late() or not mine or here.done(name, seed): continue
                         run_job(here, name, seed, device, show); worked = True
+            for seed in dict.fromkeys(seed for _, seed in jobs):
+                if not late(): run_untrained(here, seed, device, show)
     except Stopped as stop: stopped = stop.signal
     return {"done": [job for job in jobs if here.done(*job)], "left": left(), "signal": stopped}
 
@@ -340,18 +386,18 @@ def _ready(here, earlier, seed): # nothing is left to train: its scores are ther
 # %% ../../nbs/experiment/runner.ipynb #991d0015
 def collect(
     here: Run,
-    out: str | Path, # folder for scores.parquet, plan.json and records.json
+    out: str | Path, # folder for scores.parquet, untrained.parquet, plan.json and records.json
 ) -> list[Path]: # what was written
     "The results of all finished jobs"
     out, finished = Path(out).expanduser(), [job for job in here.jobs() if here.done(*job)]
     if not finished: raise UserError(f"{here.folder} holds no finished job: run the plan first.")
-    records = [json.loads((here.job(*job) / "record.json").read_text()) for job in finished]
-    for record, job in zip(records, finished):
-        if record["plan"] != plan_digest(here.plan): raise UserError(f"{here.job(*job) / 'record.json'} belongs to another plan ({record['plan']}): move it away and run the job again.")
+    records = [here.record(*job) for job in finished]
     out.mkdir(parents=True, exist_ok=True)
     write_scores([row for job in finished for row in read_scores(here.job(*job) / "scores.parquet")], out / "scores.parquet")
     with atomic_path(out / "records.json") as temporary: temporary.write_text(json.dumps(records) + "\n", encoding="utf-8")
-    return [out / "scores.parquet", out / "records.json", write_plan(here.plan, out / "plan.json")]
+    written = [out / "scores.parquet", out / "records.json", write_plan(here.plan, out / "plan.json")]
+    untrained = [here.job(UNTRAINED, seed) / "scores.parquet" for seed in here.plan["seeds"] if here.done(UNTRAINED, seed)]
+    return written + ([write_scores([row for path in untrained for row in read_scores(path)], out / "untrained.parquet")] if untrained else [])
 
 # %% ../../nbs/experiment/runner.ipynb #65b00de5
 def restore(
@@ -364,6 +410,7 @@ def restore(
     own, there = plan_digest(here.plan), plan_digest(read_plan(folder / "plan.json"))
     if own != there: raise UserError(f"{folder} holds results of another plan ({there}, not {own}): results of two plans are never mixed.")
     found = _records(folder / "records.json")
+    if (folder / "untrained.parquet").is_file(): _take_untrained(here, folder / "untrained.parquet")
     return [job for job in here.jobs() if job in found and _take_over(here, job, found[job], folder / "scores.parquet")]
 
 def _records(path): # of `collect` → {(arm, seed): record}
@@ -374,6 +421,11 @@ def _rows_of(job, path): # of one arm and seed
     from pyarrow import parquet
     try: return parquet.read_table(path, filters=[("arm", "=", job[0]), ("seed", "=", job[1])]).to_pylist()
     except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): collect the results again.") from error
+
+def _take_untrained(here, path):
+    for seed in here.plan["seeds"]:
+        with claimed(here.job(UNTRAINED, seed)) as mine:
+            if mine and not here.done(UNTRAINED, seed) and (rows := _rows_of((UNTRAINED, seed), path)): keep_untrained(here, seed, rows, {})
 
 def _take_over(here, job, record, path): # → whether it was not there
     with claimed(here.job(*job)) as mine:
@@ -404,7 +456,7 @@ def pilot_record(
     "What a plan keeps of a pilot"
     rows = curves(here)
     if not rows: raise UserError(f"{here.folder} holds no finished job: run the pilot first.")
-    return {"digest": plan_digest(here.plan), "world": here.plan["world"], "sizes": here.plan["sizes"], "seeds": here.plan["seeds"], "curves": rows, "decision": decision}
+    return {"digest": plan_digest(here.plan), "world": here.plan["world"], "sizes": here.plan["sizes"], "recipe": here.plan["recipe"], "steps": here.plan["steps"], "items": here.plan["items"], "seeds": here.plan["seeds"], "curves": rows, "decision": decision}
 
 # %% ../../nbs/experiment/runner.ipynb #991d001b
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID")

@@ -41,6 +41,7 @@ class Experiment:
     device: str = "auto"  # auto, cpu or cuda
 
     def __call__(self, command):
+        if not self.words: raise UserError(f"Say what to do: `vugen experiment` followed by one of {', '.join(f'{name} {what}'.strip() for name, what in ACTIONS.items())}.")
         action, *rest = self.words
         if action not in ACTIONS: raise UserError(f"There is no action {action!r}: choose one of {', '.join(ACTIONS)}.")
         if len(rest) != bool(ACTIONS[action]): raise UserError(f"`vugen experiment {action}` takes {'one ' + ACTIONS[action] if ACTIONS[action] else 'nothing more'}, not {len(rest)}: write `vugen experiment {action} {ACTIONS[action]}`.".replace(" `.", "`."))
@@ -60,8 +61,11 @@ def plan_verb(verb):  # Experiment
         if unknown := [name for name in verb.arms if name not in PRESETS.get(verb.preset, PRESETS["tiny"])["arms"]]: raise UserError(f"There is no arm {unknown[0]!r}: choose among {', '.join(PRESETS['tiny']['arms'])}.")
         changes["arms"] = {name: {} for name in verb.arms}
     if verb.seeds: changes["seeds"] = list(verb.seeds)
+    if verb.why and not verb.pilot: raise UserError("--why tells what was decided from pilots: name their folders with --pilot.")
     plan = make_plan(verb.preset, verb.root and root_of(verb.root), **changes)
     plan["pilot"] = [pilot_record(Run(folder), verb.why) for folder in verb.pilot]
+    for folder, pilot in zip(verb.pilot, plan["pilot"]):
+        if both := sorted({*pilot["seeds"]} & {*plan["seeds"]}): raise UserError(f"{folder} is a pilot with the seed {both[0]}, which the plan uses too: run pilots on seeds of their own, as `--seeds 100`.")
     write_plan(plan, out)
     show_rows([{"arm": name, "steps": arm["before"] + arm["steps"], "GFLOP a step": arm["gflops_per_step"][1], "begins with": arm["earlier"] or ""} for name, arm in plan["arms"].items()])
     print(f"\n{out}: plan {plan_digest(plan)}, {len(plan['arms'])} arms × {len(plan['seeds'])} seeds, {plan['gflops'] / 1e3:.1f} TFLOP each at equal operations.")
