@@ -169,6 +169,7 @@ def test_no_more_than_an_untrained_encoder_gives(tmp_path):
 def test_without_an_untrained_encoder_there_is_no_verdict(tmp_path):
     analysis = analysed(tmp_path, scores(curve=()))
     assert all(row[-1] == "no verdict: no untrained encoder to compare with" for row in readouts_table(analysis, "steps").rows) and len(readouts_table(analysis, "steps").rows) == 3
+    assert readouts_table(analysis, "steps").html().count('class="long"') == 3
     assert "No untrained encoder was measured" in untrained_sentence(analysis) and untrained_sentence(analysis) in [content for _, content in page_blocks(analysis)] and "no untrained encoder" in page_blocks(analysis)[-1][1]
 
 
@@ -339,6 +340,12 @@ def test_the_primary_pair_stands_in_every_cell(tmp_path):
 def test_one_seed_speaks_of_two_models(tmp_path):
     analysis = analysed(tmp_path, scores().where(seed=3))
     assert {row[-1] for row in comparisons_table(analysis, "steps").rows} == {"one seed: of these two models only"} and "of these two models only" in analysis.primary["sentence"]
+
+
+def test_arms_that_agree_by_chance_are_not_said_to_be_identical(tmp_path):
+    table = scores(curve=(), readouts=("native",)).where(moment="steps", seed=[0, 1], item=[0, 1])
+    analysis = analysed(tmp_path, join([table.where(arm=["contrastive", "contrastive+sham"]), copied(table, "contrastive+sham", "contrastive+pixels")]))
+    assert "is not ruled out, so this experiment cannot tell" in analysis.primary["sentence"] and comparisons_table(analysis, "steps").rows[0][-1] == "cannot tell" and "identical" not in analysis.primary["sentence"]
 
 
 # ---- VUGEN

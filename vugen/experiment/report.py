@@ -192,8 +192,7 @@ def identical(
 def verdict_of(
     found: Comparison,
 ) -> str:
-    "identical, higher, lower, equivalent, or open"
-    if identical(found): return "identical"
+    "higher, lower, equivalent, or open"
     if found.found: return "higher" if found.difference.value > 0 else "lower"
     return "equivalent" if found.equivalence["equivalent"] else "open"
 
@@ -205,7 +204,6 @@ def sentence_of(
     "A comparison in one plain sentence"
     gap, margin = found.difference, found.equivalence["margin"]
     basis, span = f"{found.first.value:.1%} against {found.second.value:.1%} over {_seeds(gap.seeds)} × {gap.items} items{', of these two models only' * (gap.seeds == 1)}, {confidence:.0%} interval of the difference {_span(gap)}", f"{found.arm} and {found.against} on {about}"
-    if identical(found): return f"{found.arm} and {found.against} are identical on all {_scored(found)} scores of {about}: {found.first.value:.1%} each over {_seeds(gap.seeds)} × {gap.items} items."
     if found.found:
         size = f"it is smaller than the {_points(margin)} that would matter" if found.equivalence["equivalent"] else f"the whole interval lies beyond the {_points(margin)} that would matter" if min(abs(gap.low), abs(gap.high)) >= margin else f"whether it reaches the {_points(margin)} that would matter is open"
         return f"{found.arm} scores {_points(gap.value)} {verdict_of(found)} than {found.against} on {about}: {basis}, {_p(found.p)}; {size}."
@@ -256,6 +254,8 @@ def must_agree(
 ) -> bool:
     "Whether two arms are alike by construction: the sham head and no head, after the same steps"
     return (arm, against) == SHAM and results.scores.where(arm=arm, moment=moment).names("step") == results.scores.where(arm=against, moment=moment).names("step")
+
+def _exact(results, found, moment): return identical(found) and must_agree(results, found.arm, found.against, moment)  # what cannot differ has no interval and needs no test
 
 def heads_at_equal_flops(
     results: Results,
@@ -384,7 +384,7 @@ def _comparison_rows(analysis):
         for one in found:
             about = dict(planned=one not in analysis.unplanned, suite=planned["suite"], readout=planned["readout"], moment=moment, n=one.difference.items, seeds=one.difference.seeds)
             gap, tests = one.difference, {"p": one.p, "p_holm": one.p_holm, "p_seeds": one.seed_test.get("p"), "p_equivalence": one.equivalence["p"], "mcnemar": one.mcnemar}
-            yield _row(f"{one.arm} − {one.against}", planned["family"], f"{planned['metric']} difference", gap.value, gap.low, gap.high, error=gap.error, freedom=gap.freedom, verdict=verdict_of(one), **tests, **about)
+            yield _row(f"{one.arm} − {one.against}", planned["family"], f"{planned['metric']} difference", gap.value, gap.low, gap.high, error=gap.error, freedom=gap.freedom, verdict="identical by construction" if _exact(analysis.results, one, moment) else "one seed" if gap.seeds == 1 else verdict_of(one), **tests, **about)
             for name, value in (("Cohen's h", one.cohen_h), ("odds ratio", one.odds_ratio), ("matched odds ratio", one.matched_odds_ratio), ("d_z over seeds", one.seed_test.get("d_z"))): yield _row(f"{one.arm} − {one.against}", planned["family"], name, value, None, None, **about)
 
 def _curve_rows(analysis):
@@ -432,6 +432,7 @@ class Table:
     columns: list
     rows: list
     note: str = ""
+    sentences: bool = False  # in the last column, which a narrow screen must not squeeze
 
     def markdown(self):
         "As a Markdown table"
@@ -440,22 +441,21 @@ class Table:
 
     def html(self):
         "As an HTML table with a caption; the first cell of a row is its heading"
-        long = lambda cell: ' class="long"' * (len(str(cell)) > 40)  # sentences are not squeezed on a narrow screen
-        row = lambda cells: f"<tr><th scope=\"row\">{html.escape(str(cells[0]))}</th>" + "".join(f"<td{long(cell)}>{html.escape(str(cell))}</td>" for cell in cells[1:]) + "</tr>"
+        long = ' class="long"' * self.sentences
+        row = lambda cells: f"<tr><th scope=\"row\">{html.escape(str(cells[0]))}</th>" + "".join(f"<td{long * (place == len(cells) - 1)}>{html.escape(str(cell))}</td>" for place, cell in enumerate(cells[1:], 1)) + "</tr>"
         head = "".join(f"<th scope=\"col\">{html.escape(column)}</th>" for column in self.columns)
         return f"<div class=\"wide\"><table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>" + "\n".join(map(row, self.rows)) + "</tbody></table></div>" + (f"<p class=\"note\">{html.escape(self.note)}</p>" if self.note else "")
 
     def _repr_markdown_(self): return self.markdown()
 
 # %% ../../nbs/experiment/report.ipynb #42e9a840
-def _reading(found, alpha):
+def _reading(found, alpha, exact=False):
     "A comparison in a few words"
-    if identical(found): return f"identical on all {_scored(found)} scores"
+    if exact: return f"identical on all {_scored(found)} scores, as it must be by construction"
     if found.difference.seeds == 1: return "one seed: of these two models only"
     verdict = {"open": "cannot tell", "equivalent": "no difference that matters"}.get(verdict_of(found), verdict_of(found))
     return verdict + (", but not after Holm" if found.found and found.p_holm is not None and found.p_holm > alpha else "")
 
-def _exact(analysis, found, moment): return identical(found) and must_agree(analysis.results, found.arm, found.against, moment)  # what cannot differ has no interval
 def _count(value): return f"{value:,}" if isinstance(value, int) else "–"
 def _range(values): return f"{min(values):,.0f}" if max(values) - min(values) < 0.5 else f"{min(values):,.0f} – {max(values):,.0f}"
 
@@ -497,10 +497,10 @@ def comparisons_table(
 ) -> Table:
     "The plan's comparisons with effect sizes and corrected p values"
     planned = analysis.primary["planned"]
-    number = lambda one, value, form: _number(None if identical(one) else value, form)
-    rows = [[f"{one.arm} − {one.against}" + (" (primary)" if (one.arm, one.against, moment) == (planned["arm"], planned["against"], planned["at"]) else ""), one.first.percent(), one.second.percent(), "0, exactly" if _exact(analysis, one, moment) else one.difference.points(), number(one, one.p, ".4f"), number(one, one.p_holm, ".4f"),
+    number = lambda one, value, form: _number(None if _exact(analysis.results, one, moment) else value, form)
+    rows = [[f"{one.arm} − {one.against}" + (" (primary)" if (one.arm, one.against, moment) == (planned["arm"], planned["against"], planned["at"]) else ""), one.first.percent(), one.second.percent(), "0, exactly" if _exact(analysis.results, one, moment) else one.difference.points(), number(one, one.p, ".4f"), number(one, one.p_holm, ".4f"),
              number(one, one.seed_test.get("p"), ".4f"), number(one, one.equivalence["p"], ".4f"), f"{one.cohen_h:+.2f}", f"{one.odds_ratio:.2f} / {one.matched_odds_ratio:.2f}", number(one, one.seed_test.get("d_z"), "+.2f"), one.difference.seeds,
-             _reading(one, planned["alpha"]) + ", as it must be by construction" * _exact(analysis, one, moment)] for one in analysis.comparisons[moment]]
+             _reading(one, planned["alpha"], _exact(analysis.results, one, moment))] for one in analysis.comparisons[moment]]
     waiting = len(analysis.results.plan["comparisons"]) - len(rows)
     return Table(f"Differences {AT[moment]}: {planned['family']}, {planned['metric']} score, {planned['readout']} readout, suite {planned['suite']!r}", ["comparison", "first", "second", "difference in points", "p", "p (Holm)", "p (paired t over seeds)", "p (equivalence)", "Cohen's h", "odds ratio / matched", "d_z", "seeds", "reads"], rows,
                  f"Intervals of {1 - planned['alpha']:.0%}. Holm over the plan's {len(analysis.results.plan['comparisons'])} comparisons" + (f", {waiting} of which are not in yet." if waiting else ".") + f" Equivalence: two one-sided tests against ±{_points(planned['smallest_effect'])}. The last column reads p value and interval, and says where the difference does not outlive Holm's correction." + _same_note(analysis, moment) + _vugen_note(analysis, moment) * any(VUGEN in (one.arm, one.against) for one in analysis.comparisons[moment]))
@@ -575,7 +575,7 @@ def readouts_table(
         if not (row := analysis.readouts.get((arm, moment))): continue
         rows.append([arm, *(_shown(row["cells"].get((name, family))) for family in KINDS for name in names), *(row[gap].points() if row[gap] else "–" for gap in ("gain", "learned")), f"{row['verdict']}: {row['sentence']}"])
     if analysis.untrained: rows.append([f"{UNTRAINED} encoder", *(_shown(analysis.untrained.get((name, family))) for family in KINDS for name in names), "–", "–", "what the probes learn from their own labelled scenes"])
-    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", f"attention − {UNTRAINED}, points", "verdict"], rows, RULE + _idle_note(analysis, moment))
+    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", f"attention − {UNTRAINED}, points", "verdict"], rows, RULE + _idle_note(analysis, moment), sentences=True)
 
 def _idle_note(analysis, moment):
     "Why VUGEN has no denoising score"
@@ -713,18 +713,18 @@ def _curve_panel(axis, arm, analysis):
 def cost_figure(
     analysis: Analysis,
 ) -> Picture:
-    "Binding of all arms against pictures and against measured GFLOP"
+    "Binding of all arms against pictures and against GFLOP"
     figure = _figure(9, 3.4)
     axes = figure.subplots(1, 2, sharey=True)
     curves = {arm: each for arm in analysis.arms if (each := analysis.curves.get((arm, "binding")))}
-    for axis, name, label in zip(axes, ("samples", "gflops"), ("pictures", "GFLOP, measured")):
+    for axis, name, label in zip(axes, ("samples", "gflops"), ("pictures", "GFLOP, by the flop counter")):
         for place, (arm, each) in enumerate(curves.items()): axis.plot(getattr(each, name), each.values.mean((1, 2)), label=arm, **_style(place))
         axis.axhline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls="--", lw=0.8)
         _logarithmic(axis); axis.set_xlabel(label, fontsize=8)
     axes[0].set_ylabel(f"binding, {analysis.primary['planned']['metric']} score", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     ends = ", ".join(f"{arm} {each.values[-1].mean():.0%} after {each.samples[-1]:,.0f} pictures and {each.gflops[-1]:,.0f} GFLOP" for arm, each in curves.items())
-    return _picture(figure, "cost", "Binding against pictures and against compute", f"Binding accuracy of every arm against pictures seen (left) and against measured GFLOP (right), both logarithmic. At the last moment: {ends}.")
+    return _picture(figure, "cost", "Binding against pictures and against compute", f"Binding accuracy of every arm against pictures seen (left) and against GFLOP by the flop counter (right), both logarithmic. At the last moment: {ends}.")
 
 def forest_figure(
     analysis: Analysis,
@@ -735,11 +735,11 @@ def forest_figure(
     axis, margin, planned = figure.subplots(), 100 * analysis.primary["planned"]["smallest_effect"], analysis.primary["planned"]
     axis.axvspan(-margin, margin, color="0.92", lw=0, label="too small to matter"); axis.axvline(0, color="0.3", lw=0.8)
     for moment, shift, color, mark in zip(MOMENTS, (-0.14, 0.14), ("#0072b2", "#d55e00"), "os"):
-        found = {(one.arm, one.against): replace(one.difference, low=0.0, high=0.0) if _exact(analysis, one, moment) else one.difference for one in analysis.comparisons[moment] if moment == planned["at"] or not same_models(analysis.results, one.arm, one.against)}
+        found = {(one.arm, one.against): replace(one.difference, low=0.0, high=0.0) if _exact(analysis.results, one, moment) else one.difference for one in analysis.comparisons[moment] if moment == planned["at"] or not same_models(analysis.results, one.arm, one.against)}
         rows = [(names.index(pair) + shift, each) for pair, each in found.items()]
         if rows: axis.errorbar([100 * each.value for _, each in rows], [place for place, _ in rows], xerr=np.array([[100 * (each.value - each.low), 100 * (each.high - each.value)] for _, each in rows]).T, fmt=mark, ms=5, lw=1.5, color=color, label=AT[moment])
     axis.set_yticks(range(len(names)), [f"{first} − {second}" + (" *" if (first, second) == (planned["arm"], planned["against"]) else "") for first, second in names])
-    axis.invert_yaxis(); axis.set_xlabel(f"difference in points, {planned['family']}, {planned['metric']} score\n* primary comparison; a single mark: the same models at both moments", fontsize=8); figure.legend(fontsize=7, loc="outside upper center", ncols=3)
+    axis.invert_yaxis(); axis.set_xlabel(f"difference in points, {planned['family']}, {planned['metric']} score\n* primary comparison{'; a single mark: the same models at both moments' * any(same_models(analysis.results, *pair) for pair in names)}", fontsize=8); figure.legend(fontsize=7, loc="outside upper center", ncols=3)
     words = "; ".join(f"{AT[moment]}: " + ", ".join(f"{one.arm} minus {one.against} {one.difference.points()}" for one in analysis.comparisons[moment]) for moment in MOMENTS)
     return _picture(figure, "differences", "Differences with their intervals", f"Differences in points with {1 - planned['alpha']:.0%} intervals, {words}.{_same_note(analysis, next(moment for moment in MOMENTS if moment != planned['at']))}")
 
@@ -803,7 +803,7 @@ def sham_sentence(
     "Whether the head whose gradient never reaches the encoder changes nothing"
     found = next((one for one in analysis.comparisons["steps"] if (one.arm, one.against) == SHAM), None)
     if not found: return ""
-    if identical(found): return f"Control: with the sham head, whose gradient never reaches the encoder, the arm is identical on all {_scored(found)} scores" + (", as it must be by construction." if must_agree(analysis.results, *SHAM, "steps") else ".")
+    if _exact(analysis.results, found, "steps"): return f"Control: with the sham head, whose gradient never reaches the encoder, the arm is identical on all {_scored(found)} scores, as it must be by construction."
     margin, gap = _points(found.equivalence["margin"]), f"{found.difference.points()} points, {_p(found.equivalence['p'])} by two one-sided tests"
     return "Control: the sham head, whose gradient never reaches the encoder, " + (f"changes nothing beyond ±{margin} ({gap})." if found.equivalence["equivalent"] else f"should change nothing; that it changes less than {margin} is not shown ({gap}).")
 
@@ -851,7 +851,9 @@ def _end(analysis):
         for axis in ("samples", "gflops"): yield "table", milestones_table(analysis, axis)
         if table := areas_table(analysis): yield "table", table
     yield "heading", "Power"
-    if analysis.power: yield "text", planned_power(analysis); yield "figure", power_figure(analysis); yield "table", power_table(analysis)
+    if analysis.power:
+        if sentence := planned_power(analysis): yield "text", sentence
+        yield "figure", power_figure(analysis); yield "table", power_table(analysis)
     else: yield "text", "Power needs the primary comparison on two seeds or more."
     yield "heading", "How it was calculated"
     for line in METHODS: yield "text", line
@@ -884,7 +886,7 @@ def _clusters(analysis):
     primary, said = analysis.primary["planned"], "Items of different kinds may show the same base scene, though items count as independent"
     if not analysis.primary["comparison"]: return said + "."
     errors = clustered_error(paired(*(grid(primary_cell(analysis.results, primary[name]), primary["metric"]) for name in ("arm", "against"))))
-    return said + (f": with scenes as the unit, the standard error of the primary difference is {100 * errors[1]:.2f} points instead of {100 * errors[0]:.2f}." if errors else ".")
+    return said + (f": with scenes as the unit, the standard error of the primary difference is {100 * errors[1]:.2f} points instead of {100 * errors[0]:.2f}." if errors and errors[0] else ".")
 
 def limits(
     analysis: Analysis,
