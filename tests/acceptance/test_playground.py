@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from vugen.data.images import sample_photographs
-from vugen.experiment.statistics import simulate_scores, write_scores
+from vugen.experiment.plans import plan_digest
+from vugen.experiment.statistics import simulate_plan, simulate_scores, write_scores
 from vugen.lab.workbench import draw_caption
 from vugen.paths import checkpoints_dir
 
@@ -42,12 +43,11 @@ def made_up_results(folder):
     "Scores of a small experiment in which a head helps, as collected results."
     arms = {"contrastive+pixels": 1.6, "contrastive+sham": 1.6}
     table = simulate_scores(lambda arm, readout, suite, family, kind, step: 0.85 if family == "atom" else 0.5 + 0.2 * (arm == "contrastive+pixels"), arms, items=30, steps=400, curve=(100, 400), readouts=("native", "attention"))
-    primary = dict(metric="text", family="binding", suite="seen", readout="native", arm="contrastive+pixels", against="contrastive+sham", at="steps", alpha=0.05, smallest_effect=0.05, items=90, seeds=5, hypothesis="A head helps.")
-    plan = {"digest": "0123456789ab", "name": "made up", "question": "Does a head help?", "arms": {name: {} for name in arms}, "seeds": table.names("seed"), "steps": 400, "comparisons": [["contrastive+pixels", "contrastive+sham"]], "primary": primary}
+    plan = simulate_plan(arms, items=30, steps=400, curve=(100,), name="made up", comparisons=[["contrastive+pixels", "contrastive+sham"]])
     folder.mkdir()
     write_scores(table, folder / "scores.parquet")
     (folder / "plan.json").write_text(json.dumps(plan))
-    (folder / "records.json").write_text(json.dumps([{"plan": "0123456789ab", "arm": arm, "seed": seed, "seconds": 60} for arm in table.names("arm") for seed in table.names("seed")]))
+    (folder / "records.json").write_text(json.dumps([{"plan": plan_digest(plan), "arm": arm, "seed": seed, "seconds": 60} for arm in table.names("arm") for seed in table.names("seed")]))
     return folder
 
 

@@ -7,16 +7,18 @@ from html.parser import HTMLParser
 import pytest
 
 from vugen.errors import UserError
-from vugen.experiment.report import all_comparisons, analyse, deviations, load_results, page_blocks, primary_result, report, sham_sentence
-from vugen.experiment.statistics import simulate_scores, write_scores
+from vugen.experiment.plans import plan_digest
+from vugen.experiment.report import (UNTRAINED, all_comparisons, analyse, areas_table, arms_table, begun, comparisons_table, deviations, families_table, heads_table, limits, load_results, milestones_table, page_blocks, pair_table, planned_power, power_table, primary_result,
+                                     readouts_figure, readouts_table, report, sham_sentence, untrained_sentence)
+from vugen.experiment.statistics import Scores, grid, interval, join, paired, simulate_plan, simulate_scores, write_scores
 
-DIGEST, COSTS = "0123456789ab", {"contrastive": 1.0, "contrastive+pixels": 1.6, "contrastive+sham": 1.6}
+COSTS = {"contrastive": 1.0, "contrastive+pixels": 1.6, "contrastive+sham": 1.6}
 
 
-def plan(**changes):
-    primary = dict(metric="text", family="binding", suite="seen", readout="native", arm="contrastive+pixels", against="contrastive+sham", at="steps", alpha=0.05, smallest_effect=0.05, items=90, seeds=5, hypothesis="A head helps.")
-    return {"digest": DIGEST, "name": "trial", "question": "Does it help?", "arms": {name: {} for name in COSTS}, "seeds": [0, 1, 2, 3, 4], "steps": 400, "comparisons": [["contrastive+pixels", "contrastive+sham"], ["contrastive+sham", "contrastive"]], **changes,
-            "primary": {**primary, **changes.get("primary", {})}}
+def plan(**changes): return simulate_plan(**{"costs": COSTS, "items": 30, "steps": 400, "curve": (100, 200), "name": "trial", "question": "Does it help?", **changes})
+
+
+DIGEST = plan_digest(plan())
 
 
 def record(arm, seed, **changes): return {"plan": DIGEST, "arm": arm, "seed": seed, "parameters": {"encoder": 10, "total": 20}, "seconds": 60, "versions": {"torch": "2.13.0"}, **changes}
@@ -28,24 +30,36 @@ def scores(pixels=0.7, items=30, curve=(100, 200, 400), readouts=("native", "att
                            COSTS, items=items, steps=400, curve=curve, readouts=readouts, seed_sd=seed_sd)
 
 
+@functools.lru_cache
+def bare(attention=0.6, seeds=5, items=30):
+    "Untrained encoders, as the probes read them"
+    return simulate_scores(lambda arm, readout, suite, family, kind, step: attention if readout == "attention" else 0.5, {UNTRAINED: 1.0}, seeds=seeds, items=items, steps=0, readouts=("linear", "attention"), seed=1).where(moment="steps")
+
+
 def jobs(table): return [(arm, seed) for arm in table.names("arm") for seed in table.where(arm=arm).names("seed")]
 
 
-def together(folder, table, said=None, records=None):
-    "Committed results: three files"
+def together(folder, table, said=None, records=None, untrained=None):
+    "Committed results: three files, and a fourth of untrained encoders"
+    said = said or plan()
     write_scores(table, folder / "scores.parquet")
-    (folder / "plan.json").write_text(json.dumps(said or plan()))
-    (folder / "records.json").write_text(json.dumps(records if records is not None else [record(*job) for job in jobs(table)]))
+    if untrained: write_scores(untrained, folder / "untrained.parquet")
+    (folder / "plan.json").write_text(json.dumps(said))
+    (folder / "records.json").write_text(json.dumps(records if records is not None else [record(*job, plan=plan_digest(said)) for job in jobs(table)]))
     return folder
 
 
 def apart(folder, table, said=None):
     "A run: one folder a job"
+    said = said or plan()
     for arm, seed in jobs(table):
         write_scores(table.where(arm=arm, seed=seed), folder / arm / str(seed) / "scores.parquet")
-        (folder / arm / str(seed) / "record.json").write_text(json.dumps(record(arm, seed)))
-    (folder / "plan.json").write_text(json.dumps(said or plan()))
+        (folder / arm / str(seed) / "record.json").write_text(json.dumps(record(arm, seed, plan=plan_digest(said))))
+    (folder / "plan.json").write_text(json.dumps(said))
     return folder
+
+
+def analysed(folder, table, said=None, untrained=None): return analyse(load_results(together(folder, table, said, untrained=untrained)), draws=200)
 
 
 # ---- what is refused
@@ -96,6 +110,69 @@ def test_a_job_that_is_not_finished_is_missing_and_not_an_error(tmp_path):
     assert load_results(folder).missing == [("contrastive", 4)]
 
 
+def test_the_digest_is_computed_and_not_believed(tmp_path):
+    folder = together(tmp_path / "a", scores(), plan())
+    (folder / "plan.json").write_text(json.dumps({**plan(steps=100, primary={"alpha": 0.2}), "digest": DIGEST}))
+    with pytest.raises(UserError, match="unknown key 'digest'"): load_results(folder)
+    (folder / "plan.json").write_text(json.dumps(plan(primary={"alpha": 0.2})))
+    with pytest.raises(UserError, match="never mixed") as error: load_results(folder)
+    assert DIGEST in str(error.value) and plan_digest(plan(primary={"alpha": 0.2})) in str(error.value)
+    assert load_results(together(tmp_path / "b", scores(), plan(pilot=[], question="Or not?"))).digest == DIGEST
+
+
+def test_a_plan_that_could_not_be_run_is_refused(tmp_path):
+    for said, word in (({**plan(), "seeds": [0, 0]}, "seeds"), ({**plan(), "curve": [100]}, "curve"), (plan(primary={"alpha": "small"}), "alpha"), (plan(costs={**COSTS, "nobody": 1.0}), "nobody")):
+        with pytest.raises(UserError, match=word): load_results(together(tmp_path / word, scores(), said, records=[]))
+
+
+# ---- untrained encoders
+
+def test_untrained_encoders_are_no_jobs_and_are_never_missing(tmp_path):
+    one, other = load_results(together(tmp_path / "a", scores(), untrained=bare())), load_results(apart(tmp_path / "b", join([scores(), bare()])))
+    for found in (one, other): assert not found.missing and len(found.records) == 15 and UNTRAINED not in found.scores.names("arm") and found.untrained.names("arm") == [UNTRAINED] and len(found.untrained) == len(bare())
+    (tmp_path / "b" / UNTRAINED / "4" / "scores.parquet").unlink()
+    assert load_results(tmp_path / "b").untrained.names("seed") == [0, 1, 2, 3]
+
+
+def test_untrained_encoders_of_another_plan_are_refused(tmp_path):
+    folder = apart(tmp_path / "a", join([scores().where(seed=0), bare().where(seed=0)]))
+    foreign = folder / UNTRAINED / "0" / "record.json"
+    foreign.write_text(json.dumps(record(UNTRAINED, 0, plan="ffffffffffff")))
+    with pytest.raises(UserError, match="never mixed") as error: load_results(folder)
+    assert str(foreign) in str(error.value)
+    with pytest.raises(UserError, match="untrained.parquet holds scores of contrastive"): load_results(together(tmp_path / "b", scores(), untrained=scores().where(arm="contrastive")))
+    with pytest.raises(UserError, match="untrained.parquet holds the seed 5"): load_results(together(tmp_path / "c", scores(), untrained=bare(seeds=6)))
+    with pytest.raises(UserError, match="different items"): analysed(tmp_path / "d", scores(), untrained=bare(items=20))
+
+
+@pytest.mark.parametrize("attention,verdict,sentence", [(0.2, "gained", "the training put it into the tokens"), (0.95, "lost", "the training lost what an untrained encoder gives")])
+def test_verdicts_are_given_beside_an_untrained_encoder(tmp_path, attention, verdict, sentence):
+    analysis = analysed(tmp_path, scores(curve=()), untrained=bare(attention))
+    table, probe = readouts_table(analysis, "steps"), dict(readout="attention", moment="steps", family="binding")
+    assert table.rows[0][-1] == f"{verdict}: {sentence}" and table.rows[-1][0] == "untrained encoder" and "–" in table.rows[-1]
+    both = join([scores(curve=()), bare(attention)])
+    gap = interval(paired(grid(both.where(arm="contrastive", **probe)), grid(both.where(arm=UNTRAINED, **probe))).values, least=-1, most=1, draws=200)
+    assert table.rows[0][table.columns.index("attention − untrained, points")] == gap.points()
+    found = analysis.untrained["attention", "binding"]
+    assert f"Binding: untrained encoder: attention {found.value:.0%}; contrastive: " in readouts_figure(analysis).alt and found.percent() in table.rows[-1]
+    assert "2,000 labelled scenes" in untrained_sentence(analysis) and "untrained encoders of 5 seeds" in page_blocks(analysis)[-1][1]
+
+
+def test_no_more_than_an_untrained_encoder_gives(tmp_path):
+    alike = simulate_scores(lambda arm, readout, suite, family, kind, step: 0.8 if readout == "attention" else 0.5, {**COSTS, UNTRAINED: 1.0}, items=300, readouts=("native", "attention"), steps=400, seed_sd=0.005).where(moment="steps")
+    both = analysed(tmp_path / "a", alike.where(arm=list(COSTS)), plan(items=300), alike.where(arm=UNTRAINED, readout="attention"))
+    assert readouts_table(both, "steps").rows[1][-1] == "no gain: no more than an untrained encoder gives the probe"
+    few = analysed(tmp_path / "b", alike.where(arm=list(COSTS), item=list(range(9)), seed=0), plan(items=300), alike.where(arm=UNTRAINED, readout="attention", item=list(range(9)), seed=0))
+    assert readouts_table(few, "steps").rows[1][-1].endswith("(one seed: of these two models only)") and "1 of 5 seeds are in" in untrained_sentence(few)
+
+
+def test_without_an_untrained_encoder_there_is_no_verdict(tmp_path):
+    analysis = analysed(tmp_path, scores(curve=()))
+    assert all(row[-1] == "no verdict: no untrained encoder to compare with" for row in readouts_table(analysis, "steps").rows) and len(readouts_table(analysis, "steps").rows) == 3
+    assert readouts_table(analysis, "steps").html().count('class="long"') == 3
+    assert "No untrained encoder was measured" in untrained_sentence(analysis) and untrained_sentence(analysis) in [content for _, content in page_blocks(analysis)] and "no untrained encoder" in page_blocks(analysis)[-1][1]
+
+
 # ---- what is said
 
 def test_what_falls_short_of_the_plan_is_named(tmp_path):
@@ -124,7 +201,7 @@ def test_a_single_seed_is_not_the_planned_test(tmp_path):
 
 
 def test_holm_counts_the_comparisons_that_are_not_in_yet(tmp_path):
-    more = plan(arms={**{name: {} for name in COSTS}, "captioner": {}}, comparisons=[*plan()["comparisons"], ["captioner", "contrastive"]])
+    more = plan(costs={**COSTS, "captioner": 1.2}, comparisons=[*plan()["comparisons"], ["captioner", "contrastive"]])
     found = all_comparisons(load_results(together(tmp_path, scores(), more)))["steps"]
     smallest = min(found, key=lambda one: one.p)
     assert len(found) == 2 and smallest.p_holm == pytest.approx(min(1, 3 * smallest.p))
@@ -204,15 +281,152 @@ def test_the_sham_head_is_told_apart_from_a_head_that_works(tmp_path):
 
 
 def test_a_foreign_word_cannot_break_the_page(tmp_path):
-    said = plan(question="<script>alert(1)</script> | a", pilot={"note": "</pre><b>"})
+    said = plan(question="<script>alert(1)</script> | a", pilot=[{"decision": "</pre><b>", "digest": "</summary><b>", "curves": [{"arm": "<i>", "family": "atom", "step": 3, "value": 0.5}]}])
     analysis = analyse(load_results(together(tmp_path / "run", scores(curve=(), readouts=("native",)), said)), draws=300)
-    assert any(kind == "code" for kind, _ in page_blocks(analysis))
+    assert any(kind == "details" for kind, _ in page_blocks(analysis))
     report(tmp_path / "run", tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
-    assert "<script" not in text and "</pre><b>" not in text
+    assert "<script" not in text and "</pre><b>" not in text and "</summary><b>" not in text + (tmp_path / "out" / "report.md").read_text() and "<i>" not in text
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     together(tmp_path / "run", scores(curve=(), readouts=("native",)).where(seed=[0, 1]))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"): report(tmp_path / "run", tmp_path / "file")
+
+
+# ---- what must not be read as a result
+
+def copied(table, arm, name):
+    "Scores of one arm under another arm's name"
+    rows = table.where(arm=arm)
+    return Scores({**rows.columns, "arm": rows.columns["arm"] * 0}, {**rows.words, "arm": [name]})
+
+
+def test_the_same_models_are_no_second_result(tmp_path):
+    steps = scores(curve=(), readouts=("native",)).where(moment="steps")
+    flops = Scores({**steps.columns, "moment": steps.columns["moment"] * 0}, {**steps.words, "moment": ["flops"]})
+    same = analysed(tmp_path / "a", join([steps, flops]))
+    said = [content for kind, content in page_blocks(same) if kind == "text"]
+    assert "At equal FLOPs these are the same models, scored once: there is no second result." in said and not any("The same pair" in each for each in said)
+    assert "Of contrastive+pixels − contrastive+sham, contrastive+sham − contrastive these are the same models as at equal steps." in comparisons_table(same, "flops").note and "same models" not in comparisons_table(same, "steps").note
+    assert any(str(content).startswith("The same pair at equal FLOPs") for _, content in page_blocks(analysed(tmp_path / "b", scores(curve=(), readouts=("native",)))))
+
+
+def test_arms_that_must_agree_are_said_to_be_identical(tmp_path):
+    table = scores(curve=(), readouts=("native",)).where(moment="steps")
+    analysis = analysed(tmp_path, join([table.where(arm=["contrastive", "contrastive+pixels"]), copied(table, "contrastive", "contrastive+sham")]))
+    assert sham_sentence(analysis) == "Control: with the sham head, whose gradient never reaches the encoder, the arm is identical on all 450 scores, as it must be by construction."
+    row = comparisons_table(analysis, "steps").rows[1]
+    assert row[-1] == "identical on all 450 scores, as it must be by construction" and row[3] == "0, exactly" and row[4:8] == ["–"] * 4 and analysis.comparisons["steps"][0].p_holm == pytest.approx(min(1, 2 * analysis.comparisons["steps"][0].p))
+
+
+def test_heads_against_more_steps_are_outside_holm(tmp_path):
+    analysis = analysed(tmp_path, scores(curve=(), readouts=("native",)))
+    table = heads_table(analysis)
+    assert table.title.startswith("Not planned") and [row[0] for row in table.rows] == ["contrastive+pixels − contrastive"] and table.rows[0][1] == "250 against 400"
+    assert analysis.unplanned[0].p_holm is None and len(analysis.comparisons["flops"]) == 2
+    planned = analysed(tmp_path / "planned", scores(curve=(), readouts=("native",)), plan(comparisons=[*plan()["comparisons"], ["contrastive+pixels", "contrastive"]]))
+    assert heads_table(planned) is None
+
+
+def test_the_primary_pair_stands_in_every_cell(tmp_path):
+    analysis = analysed(tmp_path, scores(curve=()))
+    table = pair_table(analysis)
+    assert [row[:3] for row in table.rows] == [[readout, "seen", family] for readout in ("native", "attention") for family in ("atom", "binding")] and len(table.columns) == 3 + 5
+    assert table.rows[1][3] == analysis.primary["comparison"].difference.points() + " (primary)" and str(table.rows).count("(primary)") == 1
+
+
+def test_one_seed_speaks_of_two_models(tmp_path):
+    analysis = analysed(tmp_path, scores().where(seed=3))
+    assert {row[-1] for row in comparisons_table(analysis, "steps").rows} == {"one seed: of these two models only"} and "of these two models only" in analysis.primary["sentence"]
+
+
+def test_arms_that_agree_by_chance_are_not_said_to_be_identical(tmp_path):
+    table = scores(curve=(), readouts=("native",)).where(moment="steps", seed=[0, 1], item=[0, 1])
+    analysis = analysed(tmp_path, join([table.where(arm=["contrastive", "contrastive+sham"]), copied(table, "contrastive+sham", "contrastive+pixels")]))
+    assert "is not ruled out, so this experiment cannot tell" in analysis.primary["sentence"] and comparisons_table(analysis, "steps").rows[0][-1] == "cannot tell" and "identical" not in analysis.primary["sentence"]
+
+
+# ---- VUGEN
+
+def tower(folder, reduction=150):
+    "VUGEN after the captioner's 200 steps, with a reduction of some steps of its own"
+    costs = {"captioner": 1.0, "vugen": 1.0}
+    said = plan(costs=costs, comparisons=[["vugen", "captioner"]])
+    said["arms"]["vugen"].update(before=200, earlier="captioner", settings={"reduction_steps": reduction})
+    table = simulate_scores(lambda arm, *about: 0.5, costs, items=10, steps=400, curve=(200, 400), readouts=("native", "denoising"))
+    return analysed(folder, table, said)
+
+
+def test_a_tower_that_has_not_begun_has_no_score(tmp_path):
+    idle, working = tower(tmp_path / "a", 250), tower(tmp_path / "b")
+    shown = [readouts_table(each, "steps") for each in (idle, working)]
+    place = shown[0].columns.index("binding, denoising")
+    assert shown[0].rows[1][place] == "–" != shown[1].rows[1][place] and shown[0].rows[0][place] != "–"
+    assert "begins after 250 own steps, and here it had 200" in shown[0].note and "begins after" not in shown[1].note
+    assert "vugen" not in begun(idle.results).where(readout="denoising", moment="steps").names("arm")
+    assert "captioner, which had half of the steps; at equal steps its tower has not begun." in comparisons_table(idle, "steps").note and "which had half of the steps." in comparisons_table(working, "steps").note
+    assert any("its tower has not begun" in line for line in limits(idle))
+
+
+def test_a_score_that_cannot_move_has_no_milestones(tmp_path):
+    analysis = tower(tmp_path)
+    assert [row[0] for row in milestones_table(analysis).rows] == ["captioner"] and "cannot move" in milestones_table(analysis).note and areas_table(analysis) is None
+
+
+# ---- along training, sizes, limits
+
+def test_areas_are_of_pairs_over_the_range_they_share(tmp_path):
+    late = join([scores().where(arm=["contrastive", "contrastive+sham"]), scores().where(arm="contrastive+pixels", moment=["steps", "flops"]), scores().where(arm="contrastive+pixels", moment="curve", step=[200, 400])])
+    analysis = analysed(tmp_path, late)
+    spans = {(one["arm"], one["against"], one["axis"]): one["span"] for one in analysis.areas}
+    assert spans["contrastive+sham", "contrastive", "samples"] == (6400, 25600) and spans["contrastive+pixels", "contrastive+sham", "samples"] == (12800, 25600) and spans["contrastive+sham", "contrastive", "gflops"] == (160, 400)
+    assert areas_table(analysis).rows[0][2] == "12,800 – 25,600" and all(one["low"] <= one["value"] <= one["high"] for one in analysis.areas)
+
+
+def test_areas_lag_and_pairs_are_among_the_rows(page):
+    folder, made = page
+    found = {row["metric"] for row in made["rows"]}
+    assert {"area over samples difference", "area over gflops difference", "lag at 75%", "samples to 40%", "across paired difference"} <= found
+    assert [row["planned"] for row in made["rows"] if row["metric"] == "text difference" and "planned" in row].count(False) == 1
+
+
+def test_the_planned_size_is_among_the_powers(tmp_path):
+    analysis = analysed(tmp_path, scores(curve=(), readouts=("native",)))
+    assert "90 items, as planned" in power_table(analysis).columns and "The planned size, 5 seeds × 90 items, finds a difference of 5.0 points with a power of" in planned_power(analysis)
+
+
+def test_limits_are_said_on_the_page(tmp_path):
+    analysis = analysed(tmp_path, scores(readouts=("native",)))
+    said = limits(analysis)
+    assert said[0].startswith("Binding is still rising") and "3 of 3 arms" in said[0] and "the learning rate is 0.001 in all" in said[1] and "instead of" in said[2]
+    texts = [content for kind, content in page_blocks(analysis) if kind == "text"]
+    assert set(said) <= set(texts) and "flop counter when the plan is written" in arms_table(analysis).note
+
+
+def test_another_encoder_is_named_beside_the_arms(tmp_path):
+    costs = {"contrastive": 1.0, "captioner": 1.0, "show-o2": 1.0}
+    said = plan(costs=costs, comparisons=[["show-o2", "captioner"]], primary={"arm": "show-o2", "against": "captioner"})
+    table = simulate_scores(lambda *about: 0.5, costs, items=5, steps=400, readouts=("native",))
+    records = [record(arm, seed, plan=plan_digest(said), parameters={"encoder": 451_488 if arm == "show-o2" else 455_712}) for arm, seed in jobs(table)]
+    analysis = analyse(load_results(together(tmp_path, table, said, records)), draws=100)
+    assert "show-o2: 451,488 against 455,712 parameters, because it reads VAE latents" in arms_table(analysis).note
+
+
+def test_a_plan_of_few_arms_has_no_primary_result(tmp_path):
+    costs = {"contrastive": 1.0, "captioner": 1.2}
+    table = simulate_scores(lambda *about: 0.5, costs, items=10, steps=400, curve=(100, 400), seeds=2, readouts=("native", "attention"))
+    made = report(together(tmp_path / "run", table, plan(costs=costs, seeds=2, comparisons=[])), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert made["primary"]["verdict"] == "none planned" and not made["primary"]["preliminary"] and "This plan has no primary comparison: its curves go into a plan with --pilot." in text and "Preliminary" not in text
+    assert len(families_table(analyse(load_results(tmp_path / "run"), draws=100), "steps").rows) == 2
+
+
+def test_the_pilot_is_a_table_folded_away(tmp_path):
+    curves = [{"arm": "contrastive", "family": family, "step": step, "samples": 64 * step, "value": step / 400, "n": 30} for family in ("atom", "binding") for step in (100, 200)]
+    said = plan(pilot=[{"digest": "abc", "seeds": [100], "curves": curves, "decision": "Neither floor nor ceiling."}])
+    report(together(tmp_path / "run", scores(curve=(), readouts=("native",)), said), tmp_path / "out")
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "<details><summary>Pilot 1: abc</summary>" in text and "Neither floor nor ceiling." in text and '"curves"' not in text and "50%" in text[text.index("Pilot 1"):]

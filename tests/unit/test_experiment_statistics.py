@@ -10,9 +10,9 @@ from scipy import stats
 from sklearn.isotonic import IsotonicRegression
 
 from vugen.errors import UserError
-from vugen.experiment.statistics import (CHANCE, KINDS, NUMBERS, WORDS, Components, Curve, Grid, Interval, adjusted, area, beyond, bootstrap_draws, compare, components, curve, detectable, equivalence, grid, holm,
-                                         interval, join, lag, make_scores, mcnemar, mean_squares, milestones, odds_ratio, paired, power, reach, read_scores, readout_row, readout_verdict, rising, seed_test,
-                                         simulate_cell, simulate_scores, standard_error, tail, told, two_sided, write_scores)
+from vugen.experiment.statistics import (CHANCE, KINDS, NUMBERS, WORDS, Components, Curve, Grid, Interval, adjusted, area, beyond, bootstrap_draws, clustered_error, compare, components, curve, detectable, equivalence, grid, holm,
+                                         interval, join, lag, make_scores, mcnemar, mean_squares, milestones, odds_ratio, paired, paired_areas, power, reach, read_scores, readout_row, readout_verdict, rising, seed_test,
+                                         shared_span, simulate_cell, simulate_plan, simulate_scores, standard_error, tail, told, two_sided, write_scores)
 from vugen.evaluate.intervals import wilson
 
 
@@ -272,14 +272,56 @@ def test_a_curve_of_unlike_moments_is_refused():
 def at(low, high): return Interval((low + high) / 2, low, high, 0.01, 10, 5, 100)
 
 
-@pytest.mark.parametrize("atoms,probe,native,gain,verdict", [
-    (at(.8, .9), at(.22, .28), at(.2, .3), at(-.05, .05), "lost"), (at(.2, .3), at(.22, .28), at(.2, .3), at(-.05, .05), "no verdict"), (at(.8, .9), at(.7, .8), at(.3, .4), at(.3, .5), "not used"),
-    (at(.8, .9), at(.7, .8), at(.7, .8), at(-.04, .04), "used"), (at(.8, .9), at(.7, .8), at(.6, .75), at(-.01, .1), "open"), (at(.8, .9), at(.22, .4), at(.2, .3), at(-.05, .12), "open"), (None, None, at(.5, .6), None, "no verdict")])
-def test_the_rule_of_the_verdict(atoms, probe, native, gain, verdict): assert readout_verdict(atoms, probe, native, gain, 0.25, 0.05)[0] == verdict
+@pytest.mark.parametrize("atoms,learned,verdict", [
+    (at(.8, .9), at(-.3, -.1), "lost"), (at(.2, .3), at(.1, .2), "no verdict"), (at(.8, .9), at(.01, .2), "gained"), (at(.8, .9), at(-.04, .04), "no gain"), (at(.8, .9), at(-.04, .06), "open"), (at(.8, .9), at(-.2, .01), "no gain"),
+    (None, None, "no verdict"), (None, at(.1, .2), "no verdict"), (at(.8, .9), None, "no verdict")])
+def test_the_rule_of_the_verdict(atoms, learned, verdict): assert readout_verdict(atoms, learned, 0.25, 0.05)[0] == verdict
+
+
+def test_a_verdict_of_one_seed_says_so():
+    alone = Interval(0.1, 0.05, 0.15, 0.01, 10, 1, 100)
+    assert readout_verdict(at(.8, .9), alone, 0.25, 0.05) == ("gained", "the training put it into the tokens (one seed: of these two models only)")
+    assert readout_verdict(at(.8, .9), None, 0.25, 0.05)[1] == "no untrained encoder to compare with"
 
 
 def test_a_bag_of_words_binds_nothing_and_knows_its_atoms():
-    scores = simulate_scores(lambda arm, readout, suite, family, kind, step: 0.85 if family == "atom" else CHANCE["text"], {"bag": 1.0}, items=200, seed_sd=0.01, item_sd=0.1)
-    row = readout_row(scores.where(moment="steps"))
+    truth = lambda arm, readout, suite, family, kind, step: 0.85 if family == "atom" else 0.7 if arm == "untrained" else CHANCE["text"]
+    scores = simulate_scores(truth, {"bag": 1.0, "untrained": 1.0}, items=200, seed_sd=0.01, item_sd=0.1)
+    bag, bare = (scores.where(moment="steps", arm=arm) for arm in ("bag", "untrained"))
+    row = readout_row(bag, untrained=bare)
     assert row["verdict"] == "lost" and row["cells"]["native", "binding"].low < 0.25 < row["cells"]["native", "binding"].high and row["cells"]["native", "atom"].low > 0.7
-    assert set(row["cells"]) == {(readout, family) for readout in ("native", "linear", "attention") for family in KINDS}
+    assert set(row["cells"]) == {(readout, family) for readout in ("native", "linear", "attention") for family in KINDS} and row["learned"].value < -0.3 and abs(row["gain"].value) < 0.1
+    assert readout_row(bag)["verdict"] == "no verdict" and readout_row(bag.where(readout="native"), untrained=bare)["sentence"] == "no attention probe was measured"
+    assert readout_row(bag.where(seed=[0, 1]), untrained=bare.where(seed=[3, 4]))["learned"] is None
+
+
+# ---- pairs of curves
+
+def test_two_curves_are_compared_over_what_they_share():
+    early, late = _curve(np.broadcast_to(np.array([0, 0.5, 1, 1])[:, None, None], (4, 2, 5))), _curve(np.broadcast_to(np.array([0, 0, 0.5, 1])[:, None, None], (4, 2, 5)))
+    short = Curve(late.steps[1:], late.samples[1:], late.gflops[1:], late.values[1:], late.seeds)
+    found = paired_areas(early, short)
+    assert found["span"] == (float(short.samples[0]), float(early.samples[-1])) and found["value"] == found["first"] - found["second"] == pytest.approx(area(early.samples, [0, 0.5, 1, 1], *found["span"]) - area(short.samples, [0, 0.5, 1])) and found["low"] <= found["value"] <= found["high"]
+    apart = Curve(late.steps, late.samples * 1000, late.gflops, late.values, late.seeds)
+    assert shared_span(early, apart) is None and paired_areas(early, apart) is None and paired_areas(early, Curve(late.steps, late.samples, late.gflops, late.values, (7, 8))) is None
+
+
+def test_curves_that_differ_by_luck_of_seeds_alone_are_paired():
+    draw = np.random.default_rng(0)
+    luck = draw.random((1, 5, 40)) * 0.5
+    first, second = (_curve(np.clip(luck + np.linspace(0, 0.4, 4)[:, None, None] + shift, 0, 1)) for shift in (0.05, 0.0))
+    found = paired_areas(first, second)
+    assert found["high"] - found["low"] < 1e-6 and found["value"] == pytest.approx(0.05)
+
+
+def test_items_of_one_scene_can_be_one_unit():
+    values = np.random.default_rng(1).random((4, 30))
+    gap = Grid(np.concatenate([values, values], 1), (0, 1, 2, 3), np.concatenate([np.arange(30), np.arange(30) + 100_000 + (1 << 32)]))
+    apart, together = clustered_error(gap)
+    assert together == pytest.approx(standard_error(mean_squares(values), 4, 30)[0]) and apart < together
+    assert clustered_error(Grid(gap.values[:, :50], gap.seeds, gap.items[:50])) is None
+
+
+def test_the_simulated_plan_could_be_run():
+    from vugen.experiment.plans import check_plan
+    assert check_plan(simulate_plan({"contrastive": 1.0, "contrastive+sham": 2.0, "contrastive+pixels": 2.0}))["arms"]["contrastive+sham"]["equal_flops"] == 500

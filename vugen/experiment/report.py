@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import io
 import json
 import math
@@ -17,19 +18,23 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .statistics import CHANCE, KINDS, LEVELS, POWER_ITEMS, Comparison, Interval, Scores, areas, compare, curve, grid, holm, interval, join, lag, milestones, power_rows, read_scores, readout_row, told
+from .statistics import CHANCE, FAMILY_LEVELS, KINDS, LEVELS, POWER_ITEMS, Comparison, Interval, Scores, clustered_error, compare, curve, detectable, grid, holm, interval, join, lag, milestones, paired, paired_areas, power, power_rows, read_scores, readout_row, told
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['AT', 'MOMENTS', 'RULE', 'METHODS', 'Results', 'plan_digits', 'load_results', 'primary_cell', 'deviations',
-           'compare_arms', 'verdict_of', 'sentence_of', 'primary_result', 'all_comparisons', 'split', 'Cell',
-           'all_cells', 'Analysis', 'analyse', 'long_rows', 'Table', 'arms_table', 'comparisons_table',
-           'families_table', 'metrics_table', 'suites_table', 'readouts_table', 'milestones_table', 'areas_table',
-           'mcnemar_table', 'power_table', 'Picture', 'curves_figure', 'cost_figure', 'forest_figure',
-           'readouts_figure', 'path_figure', 'power_figure', 'sham_sentence', 'page_blocks', 'page_markdown',
-           'page_html', 'plain_primary', 'report']
+__all__ = ['UNTRAINED', 'AT', 'NO_PRIMARY', 'MOMENTS', 'SHAM', 'VUGEN', 'RULE', 'METHODS', 'Results', 'load_untrained',
+           'load_results', 'has_primary', 'primary_cell', 'deviations', 'compare_arms', 'identical', 'verdict_of',
+           'sentence_of', 'primary_result', 'all_comparisons', 'same_models', 'must_agree', 'heads_at_equal_flops',
+           'reduction_steps', 'begun', 'split', 'Cell', 'all_cells', 'Analysis', 'pair_cells', 'area_rows', 'analyse',
+           'long_rows', 'Table', 'arms_table', 'comparisons_table', 'heads_table', 'pair_table', 'families_table',
+           'metrics_table', 'suites_table', 'readouts_table', 'untrained_sentence', 'milestones_table', 'areas_table',
+           'mcnemar_table', 'power_table', 'planned_power', 'Picture', 'curves_figure', 'cost_figure', 'forest_figure',
+           'readouts_figure', 'path_figure', 'power_figure', 'sham_sentence', 'other_moment', 'pilot_table', 'limits',
+           'page_blocks', 'page_markdown', 'page_html', 'plain_primary', 'report']
 
 # %% ../../nbs/experiment/report.ipynb #84b8d5ed
+UNTRAINED = "untrained"  # in place of an arm: encoders that took no step, read by the probes alone
+
 @dataclass(frozen=True)
 class Results:
     "What a run has left so far"
@@ -39,66 +44,98 @@ class Results:
     records: list = field(repr=False)
     scores: Scores = field(repr=False)
     missing: list = field(repr=False)  # (arm, seed) that the plan asks for and that are not in
+    untrained: Scores | None = field(default=None, repr=False)  # of `UNTRAINED`, with the same words; None where they are not in
 
 def _read(path, what):
     try: return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error: raise UserError(f"{path} cannot be read ({error.strerror}): name the folder of a run, which holds {what}.") from error
     except ValueError as error: raise UserError(f"{path} is no complete JSON: restore it, or run the job again.") from error
 
-def plan_digits(
-    plan: dict,
-) -> str: # 12 hex digits
-    "The digest of a plan: the one it carries, or else computed"
-    if "digest" in plan: return plan["digest"]
-    from vugen.experiment.plans import plan_digest
-    return plan_digest(plan)
+def _job(path):
+    "Record and scores of a finished job's folder"
+    record, scores = _read(path, "record.json"), read_scores(path.parent / "scores.parquet")
+    if isinstance(record, dict) and (scores.names("arm"), scores.names("seed")) != ([record.get("arm")], [record.get("seed")]): raise UserError(f"{path.parent / 'scores.parquet'} holds scores of another job than {path} says: delete this job's folder and run it again.")
+    return record, scores
+
+def _finished(folder, pattern): return [path for path in sorted(folder.glob(pattern)) if (path.parent / "scores.parquet").is_file()]
 
 def _stored(folder):
-    "[(file that names it, record, scores or None)] of a folder, and all scores"
+    "[(file that names it, record)] of a folder, and all scores"
     if (folder / "scores.parquet").is_file():
         records = _read(folder / "records.json", "records.json beside scores.parquet")
         if not isinstance(records, list): raise UserError(f"{folder / 'records.json'} is no list of records: restore it from the run.")
         return [(folder / "records.json", record) for record in records], read_scores(folder / "scores.parquet")
-    found, tables = [], []
-    for path in sorted(folder.glob("*/*/record.json")):
-        if not (path.parent / "scores.parquet").is_file(): continue  # a job that is not finished
-        record, scores = _read(path, "record.json"), read_scores(path.parent / "scores.parquet")
-        if isinstance(record, dict) and (scores.names("arm"), scores.names("seed")) != ([record.get("arm")], [record.get("seed")]): raise UserError(f"{path.parent / 'scores.parquet'} holds scores of another job than {path} says: delete this job's folder and run it again.")
-        found.append((path, record)); tables.append(scores)
-    return found, join(tables)
+    found = [(path, *_job(path)) for path in _finished(folder, "*/*/record.json") if path.parent.parent.name != UNTRAINED]
+    return [(path, record) for path, record, _ in found], join(scores for *_, scores in found)
+
+def _stored_untrained(folder):
+    "The same of untrained encoders; no record in collected results, None where nothing is stored"
+    if (folder / "scores.parquet").is_file():
+        path = folder / f"{UNTRAINED}.parquet"
+        return [], [(path, read_scores(path))] if path.is_file() else []
+    found = [(path, *_job(path)) for path in _finished(folder, f"{UNTRAINED}/*/record.json")]
+    return [(path, record) for path, record, _ in found], [(path.parent / "scores.parquet", scores) for path, _, scores in found]
 
 # %% ../../nbs/experiment/report.ipynb #d29acfe1
-def _check_record(path, record, plan, digest):
+def _check_origin(path, record, digest):
     if not isinstance(record, dict) or not {"plan", "arm", "seed"} <= set(record): raise UserError(f"{path} is no record of a job (it lacks its plan, arm or seed): run the job again.")
     if record["plan"] != digest: raise UserError(f"{path} was run by the plan {record['plan']} and plan.json is {digest}: results of two plans are never mixed, so give each its own folder.")
+
+def _check_record(path, record, plan, digest):
+    _check_origin(path, record, digest)
     if record["arm"] not in plan["arms"] or record["seed"] not in plan["seeds"]: raise UserError(f"{path} is of {record['arm']}, seed {record['seed']}, which the plan does not ask for: remove this job, or restore the plan.")
 
 def _check_plan(path, plan):
+    from vugen.experiment.plans import check_plan
     lacking = [key for key in ("arms", "seeds", "primary", "comparisons", "steps") if key not in plan] if isinstance(plan, dict) else ["arms"]
     if lacking: raise UserError(f"{path} is no plan of an experiment (it has no {lacking[0]!r}): write one with `vugen experiment plan`.")
-    short = [key for key in ("metric", "family", "suite", "readout", "arm", "against", "at", "items", "seeds", "alpha", "smallest_effect") if key not in plan["primary"]]
-    if short: raise UserError(f"{path} does not say the {short[0]!r} of its primary comparison: write the plan anew with `vugen experiment plan`.")
-    if unknown := [name for pair in (*plan["comparisons"], (plan["primary"]["arm"], plan["primary"]["against"])) for name in pair if name not in plan["arms"]]: raise UserError(f"{path} compares {unknown[0]!r}, which is none of its arms: write the plan anew with `vugen experiment plan`.")
+    check_plan(plan, str(path))
+
+def _check_untrained(path, scores, plan):
+    if scores.names("arm") != [UNTRAINED]: raise UserError(f"{path} holds scores of {', '.join(scores.names('arm')) or 'nothing'} and not of {UNTRAINED!r} encoders: delete it and measure them again.")
+    if odd := [seed for seed in scores.names("seed") if seed not in plan["seeds"]]: raise UserError(f"{path} holds the seed {odd[0]}, which the plan does not ask for: delete it and measure the untrained encoders again.")
+
+def load_untrained(
+    folder: Path,
+    plan: dict,
+    digest: str, # of the plan
+) -> Scores | None: # None where they were not measured
+    "What probes read from untrained encoders, checked against the plan"
+    records, tables = _stored_untrained(folder)
+    for path, record in records: _check_origin(path, record, digest)
+    for path, scores in tables: _check_untrained(path, scores, plan)
+    return join(scores for _, scores in tables) if tables else None
 
 def load_results(
     folder: str | Path, # of a run, or of committed results
-    digest: str | None = None, # of the plan; default the one that plan.json carries or gives
+    digest: str | None = None, # that the plan is expected to have
 ) -> Results:
     "Read and check what a run has left; the first breach is refused with the name of its file"
+    from vugen.experiment.plans import plan_digest
     folder = Path(folder).expanduser()
     plan = _read(folder / "plan.json", "plan.json")
     _check_plan(folder / "plan.json", plan)
-    digest = digest or plan_digits(plan)
-    found, scores = _stored(folder)
+    if digest and digest != plan_digest(plan): raise UserError(f"{folder / 'plan.json'} is the plan {plan_digest(plan)} and not {digest}: results of two plans are never mixed, so name the folder of that plan.")
+    digest, (found, scores) = plan_digest(plan), _stored(folder)
     for path, record in found: _check_record(path, record, plan, digest)
     jobs = [(record["arm"], record["seed"]) for _, record in found]
     if not jobs: raise UserError(f"{folder} holds no finished job: start them with `vugen experiment run`.")
     if len(set(jobs)) < len(jobs): raise UserError(f"{found[0][0]} names a job twice: keep one record for each arm and seed.")
     scored = {(arm, seed) for arm in scores.names("arm") for seed in scores.where(arm=arm).names("seed")}
     if odd := sorted(scored ^ set(jobs)): raise UserError(f"{folder}: {odd[0][0]}, seed {odd[0][1]} has {'no record' if odd[0] in scored else 'no scores'}: run this job again.")
-    return Results(folder, plan, digest, [record for _, record in found], scores, [(arm, seed) for arm in plan["arms"] for seed in plan["seeds"] if (arm, seed) not in scored])
+    untrained = load_untrained(folder, plan, digest)
+    if untrained is not None:  # equal words, so that items can be paired
+        both = join([scores, untrained])
+        scores, untrained = both.where(arm=scores.names("arm")), both.where(arm=UNTRAINED)
+    return Results(folder, plan, digest, [record for _, record in found], scores, [(arm, seed) for arm in plan["arms"] for seed in plan["seeds"] if (arm, seed) not in scored], untrained)
 
 # %% ../../nbs/experiment/report.ipynb #426bfc6f
+def has_primary(
+    plan: dict,
+) -> bool:
+    "Whether both arms of the primary comparison are among the plan's; a pilot of few arms may lack them"
+    return {plan["primary"]["arm"], plan["primary"]["against"]} <= set(plan["arms"])
+
 def primary_cell(
     results: Results,
     arm: str,
@@ -112,6 +149,7 @@ def deviations(
 ) -> list[str]: # sentences; empty where everything is as planned
     "In what the results fall short of the plan's primary test, or differ from it"
     primary, plan, found = results.plan["primary"], results.plan, []
+    if not has_primary(plan): return found
     cells = {arm: primary_cell(results, arm) for arm in (primary["arm"], primary["against"])}
     seeds = set.intersection(*(set(cell.names("seed")) for cell in cells.values()))
     if len(seeds) != primary["seeds"]: found.append(f"{len(seeds)} of {primary['seeds']} seeds are in: the primary test is not yet run as planned.")
@@ -137,11 +175,19 @@ def compare_arms(
 
 # %% ../../nbs/experiment/report.ipynb #26dd8b0a
 AT = {"steps": "at equal steps", "flops": "at equal FLOPs"}
+NO_PRIMARY = "This plan has no primary comparison: its curves go into a plan with --pilot."
 
 def _p(value): return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 def _points(value): return f"{100 * abs(value):.1f} points"
 def _span(each): return f"{100 * each.low:+.1f} to {100 * each.high:+.1f} points"
+def _scored(found): return f"{found.difference.seeds * found.difference.items:,}"
 def _seeds(number): return f"{number} seed{'s' * (number != 1)}"
+
+def identical(
+    found: Comparison,
+) -> bool:
+    "Whether both arms were right on the same items with every seed"
+    return all(row["wins"] == row["losses"] == 0 for row in found.mcnemar)
 
 def verdict_of(
     found: Comparison,
@@ -157,7 +203,7 @@ def sentence_of(
 ) -> str:
     "A comparison in one plain sentence"
     gap, margin = found.difference, found.equivalence["margin"]
-    basis, span = f"{found.first.value:.1%} against {found.second.value:.1%} over {_seeds(gap.seeds)} × {gap.items} items, {confidence:.0%} interval of the difference {_span(gap)}", f"{found.arm} and {found.against} on {about}"
+    basis, span = f"{found.first.value:.1%} against {found.second.value:.1%} over {_seeds(gap.seeds)} × {gap.items} items{', of these two models only' * (gap.seeds == 1)}, {confidence:.0%} interval of the difference {_span(gap)}", f"{found.arm} and {found.against} on {about}"
     if found.found:
         size = f"it is smaller than the {_points(margin)} that would matter" if found.equivalence["equivalent"] else f"the whole interval lies beyond the {_points(margin)} that would matter" if min(abs(gap.low), abs(gap.high)) >= margin else f"whether it reaches the {_points(margin)} that would matter is open"
         return f"{found.arm} scores {_points(gap.value)} {verdict_of(found)} than {found.against} on {about}: {basis}, {_p(found.p)}; {size}."
@@ -171,6 +217,7 @@ def primary_result(
     primary, short = results.plan["primary"], deviations(results)
     found = compare_arms(results, primary["arm"], primary["against"], primary["at"])
     about = f"{primary['family']} ({primary['metric']} score, {primary['readout']} readout, suite {primary['suite']!r}, {AT[primary['at']]})"
+    if not has_primary(results.plan): return {"sentence": NO_PRIMARY, "verdict": "none planned", "preliminary": False, "deviations": [], "comparison": None, "planned": primary}
     sentence = sentence_of(found, about, 1 - primary["alpha"]) if found else f"The primary comparison of {primary['arm']} with {primary['against']} cannot be drawn yet: no seed of both is in."
     return {"sentence": ("Preliminary: " if short else "") + sentence, "verdict": verdict_of(found) if found else "not measured", "preliminary": bool(short), "deviations": short, "comparison": found, "planned": primary}
 
@@ -187,6 +234,54 @@ def all_comparisons(
         full = [one.p for one in each] + [1.0] * (len(results.plan["comparisons"]) - len(each))
         found[moment] = [replace(one, p_holm=p) for one, p in zip(each, holm(full))]
     return found
+
+def same_models(
+    results: Results,
+    arm: str,
+    against: str,
+) -> bool:
+    "Whether both arms were scored after the same steps at both moments: then the second moment is no second result"
+    steps = lambda name, moment: results.scores.where(arm=name, moment=moment).names("step")
+    return all(steps(name, MOMENTS[0]) == steps(name, MOMENTS[1]) != [] for name in (arm, against))
+
+SHAM = ("contrastive+sham", "contrastive")
+
+def must_agree(
+    results: Results,
+    arm: str,
+    against: str,
+    moment: str, # "steps" or "flops"
+) -> bool:
+    "Whether two arms are alike by construction: the sham head and no head, after the same steps"
+    return (arm, against) == SHAM and results.scores.where(arm=arm, moment=moment).names("step") == results.scores.where(arm=against, moment=moment).names("step")
+
+def _exact(results, found, moment): return identical(found) and must_agree(results, found.arm, found.against, moment)  # what cannot differ has no interval and needs no test
+
+def heads_at_equal_flops(
+    results: Results,
+) -> list[Comparison]: # without Holm's p values
+    "Every generative head against the same compute spent on more contrastive steps; not among the plan's comparisons"
+    pairs = [(arm, "contrastive") for arm in results.plan["arms"] if arm.startswith("contrastive+") and arm != SHAM[0] and [arm, "contrastive"] not in list(map(list, results.plan["comparisons"]))]
+    return [one for pair in pairs if (one := compare_arms(results, *pair, "flops"))]
+
+VUGEN = "vugen"  # its native score is that of its captioner
+
+def reduction_steps(
+    plan: dict, # with the arm `VUGEN`
+) -> tuple[int, int]: # steps of its captioner, and own steps before its tower begins
+    "How long VUGEN's image tower waits"
+    from vugen.experiment.arms import VugenArm
+    arm = plan["arms"][VUGEN]
+    return arm["before"], arm["settings"].get("reduction_steps", inspect.signature(VugenArm).parameters["reduction_steps"].default)
+
+def begun(
+    results: Results,
+) -> Scores:
+    "Scores without the denoising of a tower that has taken no step"
+    if VUGEN not in results.plan["arms"]: return results.scores
+    where, scores = sum(reduction_steps(results.plan)), results.scores
+    place = lambda column, word: scores.words[column].index(word) if word in scores.words[column] else -1
+    return scores.take(~((scores.columns["arm"] == place("arm", VUGEN)) & (scores.columns["readout"] == place("readout", "denoising")) & (scores.columns["step"] <= where)))
 
 def split(
     scores: Scores,
@@ -215,7 +310,7 @@ def all_cells(
 ) -> list[Cell]:
     "Accuracy of every arm, moment, readout, suite and family by every metric, and of every kind by the primary one"
     found, metric = [], results.plan["primary"]["metric"]
-    for about, rows in split(results.scores.where(moment=MOMENTS), "arm", "moment", "readout", "suite", "family"):
+    for about, rows in (each for table in (begun(results), results.untrained) if table is not None for each in split(table.where(moment=MOMENTS), "arm", "moment", "readout", "suite", "family")):
         found += [Cell(*about, None, name, interval(grid(rows, name).values, draws=draws)) for name in CHANCE]
         found += [Cell(*about, kind, metric, interval(grid(part, metric).values, draws=draws)) for (kind,), part in split(rows, "kind")]
     return found
@@ -231,6 +326,10 @@ class Analysis:
     readouts: dict = field(repr=False)  # (arm, moment) → of `readout_row`
     curves: dict = field(repr=False)  # (arm, family) → `Curve`
     power: list = field(repr=False)  # of `power_rows`; empty with one seed
+    untrained: dict = field(default_factory=dict, repr=False)  # (readout, family) → Interval; empty where it was not measured
+    unplanned: list = field(default_factory=list, repr=False)  # of `heads_at_equal_flops`
+    pair: list = field(default_factory=list, repr=False)  # of `pair_cells`
+    areas: list = field(default_factory=list, repr=False)  # of `area_rows`
 
     @property
     def arms(self): return [arm for arm in self.results.plan["arms"] if arm in self.results.scores.names("arm")]  # in the plan's order
@@ -240,6 +339,26 @@ class Analysis:
         wanted = {"kind": None, "metric": self.primary["planned"]["metric"], "suite": self.primary["planned"]["suite"], "readout": "native", **about}
         return next((cell.result for cell in self.cells if all(getattr(cell, key) == value for key, value in wanted.items())), None)
 
+def pair_cells(
+    results: Results,
+) -> list[dict]: # readout, suite, family, metric, difference
+    "The primary pair at its planned moment, in every cell that both arms have"
+    primary, found = results.plan["primary"], []
+    first, second = (results.scores.where(arm=primary[name], moment=primary["at"]) for name in ("arm", "against"))
+    for (readout, suite, family), rows in split(first, "readout", "suite", "family"):
+        other = second.where(readout=readout, suite=suite, family=family)
+        if not len(other) or not set(rows.names("seed")) & set(other.names("seed")): continue
+        found += [{"readout": readout, "suite": suite, "family": family, "metric": metric, "difference": interval(paired(grid(rows, metric), grid(other, metric)).values, 1 - primary["alpha"], -1, 1)} for metric in CHANCE]
+    return found
+
+def area_rows(
+    plan: dict,
+    curves: dict, # (arm, family) → `Curve`
+) -> list[dict]: # arm, against, family, axis, and of `paired_areas`
+    "Areas under the curves of every planned pair, over the range that the pair shares; VUGEN's native score cannot move and has none"
+    pairs = [(*pair, family) for pair in plan["comparisons"] if VUGEN not in pair for family in KINDS if all((arm, family) in curves for arm in pair)]
+    return [{"arm": arm, "against": against, "family": family, "axis": axis, **found} for arm, against, family in pairs for axis in ("samples", "gflops") if (found := paired_areas(curves[arm, family], curves[against, family], axis))]
+
 def analyse(
     results: Results,
     draws: int = 1000, # of a cell's bootstrap
@@ -247,11 +366,12 @@ def analyse(
     "Everything of a run"
     primary = primary_result(results)
     planned, found = primary["planned"], primary["comparison"]
-    local = results.scores.where(suite=planned["suite"])
-    readouts = {about: readout_row(rows, planned["metric"], planned["smallest_effect"], draws) for about, rows in split(local.where(moment=MOMENTS), "arm", "moment")}
+    local, bare = begun(results).where(suite=planned["suite"]), None if results.untrained is None else results.untrained.where(suite=planned["suite"])
+    readouts = {about: readout_row(rows, planned["metric"], planned["smallest_effect"], draws, bare) for about, rows in split(local.where(moment=MOMENTS), "arm", "moment")}
     curves = {about: curve(rows, planned["metric"]) for about, rows in split(local.where(moment="curve", readout="native"), "arm", "family")}
-    sizes = power_rows(found.components, planned["smallest_effect"], planned["alpha"]) if found and found.difference.seeds > 1 else []
-    return Analysis(results, primary, all_comparisons(results), all_cells(results, draws), readouts, curves, sizes)
+    sizes = power_rows(found.components, planned["smallest_effect"], planned["alpha"], items=tuple(sorted({*POWER_ITEMS, max(2, planned["items"])}))) if found and found.difference.seeds > 1 else []
+    untrained = readout_row(bare, planned["metric"], planned["smallest_effect"], draws)["cells"] if bare is not None and len(bare) else {}
+    return Analysis(results, primary, all_comparisons(results), all_cells(results, draws), readouts, curves, sizes, untrained, heads_at_equal_flops(results), pair_cells(results), area_rows(results.plan, curves))
 
 # %% ../../nbs/experiment/report.ipynb #eec0ff42
 def _finite(value): return None if value is None or not math.isfinite(value) else float(value)
@@ -260,11 +380,11 @@ def _row(scorer, category, metric, value, low, high, n, chance=None, **more): re
 
 def _comparison_rows(analysis):
     planned = analysis.primary["planned"]
-    for moment, found in analysis.comparisons.items():
+    for moment, found in (*analysis.comparisons.items(), ("flops", analysis.unplanned)):
         for one in found:
-            about = dict(suite=planned["suite"], readout=planned["readout"], moment=moment, n=one.difference.items, seeds=one.difference.seeds)
+            about = dict(planned=one not in analysis.unplanned, suite=planned["suite"], readout=planned["readout"], moment=moment, n=one.difference.items, seeds=one.difference.seeds)
             gap, tests = one.difference, {"p": one.p, "p_holm": one.p_holm, "p_seeds": one.seed_test.get("p"), "p_equivalence": one.equivalence["p"], "mcnemar": one.mcnemar}
-            yield _row(f"{one.arm} − {one.against}", planned["family"], f"{planned['metric']} difference", gap.value, gap.low, gap.high, error=gap.error, freedom=gap.freedom, verdict=verdict_of(one), **tests, **about)
+            yield _row(f"{one.arm} − {one.against}", planned["family"], f"{planned['metric']} difference", gap.value, gap.low, gap.high, error=gap.error, freedom=gap.freedom, verdict="identical by construction" if _exact(analysis.results, one, moment) else "one seed" if gap.seeds == 1 else verdict_of(one), **tests, **about)
             for name, value in (("Cohen's h", one.cohen_h), ("odds ratio", one.odds_ratio), ("matched odds ratio", one.matched_odds_ratio), ("d_z over seeds", one.seed_test.get("d_z"))): yield _row(f"{one.arm} − {one.against}", planned["family"], name, value, None, None, **about)
 
 def _curve_rows(analysis):
@@ -274,14 +394,34 @@ def _curve_rows(analysis):
         for place, step in enumerate(each.steps.tolist()):
             found = interval(each.values[place], draws=500)
             yield _row(arm, family, planned["metric"], found.value, found.low, found.high, chance=CHANCE[planned["metric"]], step=step, samples=float(each.samples[place]), gflops=float(each.gflops[place]), **about)
-        for row in milestones(each): yield _row(arm, family, f"{row['axis']} to {row['level']:.0%}", row["value"], row["low"], row["high"], note=told(row), by_seed={seed: _finite(value) for seed, value in row["by_seed"].items()}, **about)
+        for row in milestones(each, FAMILY_LEVELS[family]) if arm != VUGEN else (): yield _row(arm, family, f"{row['axis']} to {row['level']:.0%}", row["value"], row["low"], row["high"], note=told(row), by_seed={seed: _finite(value) for seed, value in row["by_seed"].items()}, **about)
+
+def _way_rows(analysis):
+    "What describes: areas, lag, the primary pair in other cells, probes beside an untrained encoder"
+    planned = analysis.primary["planned"]
+    for one in analysis.areas: yield _row(f"{one['arm']} − {one['against']}", one["family"], f"area over {one['axis']} difference", one["value"], one["low"], one["high"], None, first=one["first"], second=one["second"], span=list(one["span"]), suite=planned["suite"], readout="native", moment="curve", seeds=one["seeds"])
+    for arm in analysis.arms:
+        if late := _lag_of(analysis, arm): yield _row(arm, "binding", f"lag at {late['level']:.0%}", late["value"], late["low"], late["high"], None, at_least=_finite(late["at_least"]), note=_late(late), suite=planned["suite"], readout="native", moment="curve")
+    for one in analysis.pair: yield _row(f"{planned['arm']} − {planned['against']}", one["family"], f"{one['metric']} paired difference", one["difference"].value, one["difference"].low, one["difference"].high, one["difference"].items, planned=False, suite=one["suite"], readout=one["readout"], moment=planned["at"], seeds=one["difference"].seeds)
+    for (arm, moment), one in analysis.readouts.items():
+        if gap := one["learned"]: yield _row(f"{arm} − {UNTRAINED}", "binding", f"{planned['metric']} difference", gap.value, gap.low, gap.high, gap.items, verdict=one["verdict"], suite=planned["suite"], readout="attention", moment=moment, seeds=gap.seeds)
+
+def _lag_of(analysis, arm):
+    "How many times the pictures of atoms binding takes; None without both curves, and for VUGEN, whose native score cannot move"
+    pair = [analysis.curves.get((arm, family)) for family in KINDS]
+    return lag(*pair, LEVELS[0]) if all(pair) and arm != VUGEN else None
+
+def _late(late):
+    if late["value"] is None: return "atoms do not reach it"
+    if math.isinf(late["value"]): return f"more than {late['at_least']:.1f}×"
+    return f"{late['value']:.1f}× ({late['low']:.1f} to " + ("unknown)" if math.isinf(late["high"]) else f"{late['high']:.1f})")
 
 def long_rows(
     analysis: Analysis,
 ) -> list[dict]:
     "Every number of the report in the house's long form"
     rows = [_row(cell.arm, cell.kind or cell.family, cell.metric, cell.result.value, cell.result.low, cell.result.high, cell.result.items, CHANCE[cell.metric], suite=cell.suite, readout=cell.readout, moment=cell.moment, family=cell.family, seeds=cell.result.seeds, over=cell.result.over) for cell in analysis.cells]
-    rows += [*_comparison_rows(analysis), *_curve_rows(analysis)]
+    rows += [*_comparison_rows(analysis), *_curve_rows(analysis), *_way_rows(analysis)]
     return rows + [_row(f"{analysis.primary['planned']['arm']} − {analysis.primary['planned']['against']}", "design", name, row[name], None, None, row["items"], seeds=row["seeds"]) for row in analysis.power for name in ("power", "detectable")]
 
 # %% ../../nbs/experiment/report.ipynb #df4b96e6
@@ -292,6 +432,7 @@ class Table:
     columns: list
     rows: list
     note: str = ""
+    sentences: bool = False  # in the last column, which a narrow screen must not squeeze
 
     def markdown(self):
         "As a Markdown table"
@@ -300,15 +441,18 @@ class Table:
 
     def html(self):
         "As an HTML table with a caption; the first cell of a row is its heading"
-        row = lambda cells: f"<tr><th scope=\"row\">{html.escape(str(cells[0]))}</th>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells[1:]) + "</tr>"
+        long = ' class="long"' * self.sentences
+        row = lambda cells: f"<tr><th scope=\"row\">{html.escape(str(cells[0]))}</th>" + "".join(f"<td{long * (place == len(cells) - 1)}>{html.escape(str(cell))}</td>" for place, cell in enumerate(cells[1:], 1)) + "</tr>"
         head = "".join(f"<th scope=\"col\">{html.escape(column)}</th>" for column in self.columns)
         return f"<div class=\"wide\"><table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>" + "\n".join(map(row, self.rows)) + "</tbody></table></div>" + (f"<p class=\"note\">{html.escape(self.note)}</p>" if self.note else "")
 
     def _repr_markdown_(self): return self.markdown()
 
 # %% ../../nbs/experiment/report.ipynb #42e9a840
-def _reading(found, alpha):
-    "A comparison in two or three words"
+def _reading(found, alpha, exact=False):
+    "A comparison in a few words"
+    if exact: return f"identical on all {_scored(found)} scores, as it must be by construction"
+    if found.difference.seeds == 1: return "one seed: of these two models only"
     verdict = {"open": "cannot tell", "equivalent": "no difference that matters"}.get(verdict_of(found), verdict_of(found))
     return verdict + (", but not after Holm" if found.found and found.p_holm is not None and found.p_holm > alpha else "")
 
@@ -327,7 +471,25 @@ def arms_table(
         minutes = np.mean([record.get("seconds", math.nan) for record in records]) / 60
         rows.append([arm, *(_count(sizes.get(part)) for part in ("encoder", "head", "text", "total", "trainable")), *spent, f"{minutes:.1f}", f"{len(records)} of {len(analysis.results.plan['seeds'])}"])
     return Table("Arms: parameters, and what each had spent when it was scored", ["arm", "encoder", "head", "text", "total", "trainable", *(f"{name}, {AT[moment]}" for moment in MOMENTS for name in ("steps", "pictures", "GFLOP")), "minutes a seed", "seeds in"], rows,
-                 "GFLOP are measured (forward and backward, all phases together), not estimated from sizes.")
+                 "GFLOP: one batch is measured by the flop counter when the plan is written, forwards and backwards, and scaled to the batch size; every step of all phases is counted at that price." + _encoders_note(analysis))
+
+def _encoders_note(analysis):
+    "Who has another encoder than most; the arms are meant to have the same"
+    sizes = {record["arm"]: record.get("parameters", {}).get("encoder") for record in analysis.results.records}
+    known = [size for size in sizes.values() if size is not None]
+    usual = max(known, key=known.count, default=None)
+    other = [f"{arm}: {size:,} against {usual:,} parameters{', because it reads VAE latents' * (arm == 'show-o2')}" for arm, size in sizes.items() if size not in (None, usual)]
+    return f" The image encoder is the same but in {'; '.join(other)}." if other else ""
+
+def _vugen_note(analysis, moment):
+    "What must be known of VUGEN's numbers at a moment"
+    plan = analysis.results.plan
+    if VUGEN not in analysis.arms: return ""
+    before, waits = reduction_steps(plan)
+    idle = plan["steps"] - before <= waits if moment == "steps" else plan["arms"][VUGEN]["equal_flops"] <= waits
+    return f" VUGEN's native score is that of its captioner, which had {'half' if 2 * before == plan['steps'] else before} of the steps" + (f"; {AT[moment]} its tower has not begun." if idle else ".")
+
+def _number(value, form): return "–" if value is None else "<0.0001" if form == ".4f" and value < 1e-4 else f"{value:{form}}"
 
 def comparisons_table(
     analysis: Analysis,
@@ -335,12 +497,40 @@ def comparisons_table(
 ) -> Table:
     "The plan's comparisons with effect sizes and corrected p values"
     planned = analysis.primary["planned"]
-    number = lambda value, form: "–" if value is None else "<0.0001" if form == ".4f" and value < 1e-4 else f"{value:{form}}"
-    rows = [[f"{one.arm} − {one.against}" + (" (primary)" if (one.arm, one.against, moment) == (planned["arm"], planned["against"], planned["at"]) else ""), one.first.percent(), one.second.percent(), one.difference.points(), number(one.p, ".4f"), number(one.p_holm, ".4f"),
-             number(one.seed_test.get("p"), ".4f"), number(one.equivalence["p"], ".4f"), f"{one.cohen_h:+.2f}", f"{one.odds_ratio:.2f} / {one.matched_odds_ratio:.2f}", number(one.seed_test.get("d_z"), "+.2f"), one.difference.seeds, _reading(one, planned["alpha"])] for one in analysis.comparisons[moment]]
+    number = lambda one, value, form: _number(None if _exact(analysis.results, one, moment) else value, form)
+    rows = [[f"{one.arm} − {one.against}" + (" (primary)" if (one.arm, one.against, moment) == (planned["arm"], planned["against"], planned["at"]) else ""), one.first.percent(), one.second.percent(), "0, exactly" if _exact(analysis.results, one, moment) else one.difference.points(), number(one, one.p, ".4f"), number(one, one.p_holm, ".4f"),
+             number(one, one.seed_test.get("p"), ".4f"), number(one, one.equivalence["p"], ".4f"), f"{one.cohen_h:+.2f}", f"{one.odds_ratio:.2f} / {one.matched_odds_ratio:.2f}", number(one, one.seed_test.get("d_z"), "+.2f"), one.difference.seeds,
+             _reading(one, planned["alpha"], _exact(analysis.results, one, moment))] for one in analysis.comparisons[moment]]
     waiting = len(analysis.results.plan["comparisons"]) - len(rows)
     return Table(f"Differences {AT[moment]}: {planned['family']}, {planned['metric']} score, {planned['readout']} readout, suite {planned['suite']!r}", ["comparison", "first", "second", "difference in points", "p", "p (Holm)", "p (paired t over seeds)", "p (equivalence)", "Cohen's h", "odds ratio / matched", "d_z", "seeds", "reads"], rows,
-                 f"Intervals of {1 - planned['alpha']:.0%}. Holm over the plan's {len(analysis.results.plan['comparisons'])} comparisons" + (f", {waiting} of which are not in yet." if waiting else ".") + f" Equivalence: two one-sided tests against ±{_points(planned['smallest_effect'])}. The last column reads p value and interval, and says where the difference does not outlive Holm's correction.")
+                 f"Intervals of {1 - planned['alpha']:.0%}. Holm over the plan's {len(analysis.results.plan['comparisons'])} comparisons" + (f", {waiting} of which are not in yet." if waiting else ".") + f" Equivalence: two one-sided tests against ±{_points(planned['smallest_effect'])}. The last column reads p value and interval, and says where the difference does not outlive Holm's correction." + _same_note(analysis, moment) + _vugen_note(analysis, moment) * any(VUGEN in (one.arm, one.against) for one in analysis.comparisons[moment]))
+
+def _same_note(analysis, moment):
+    "Pairs whose second moment is no second result"
+    if moment == analysis.primary["planned"]["at"]: return ""
+    same = [f"{one.arm} − {one.against}" for one in analysis.comparisons[moment] if same_models(analysis.results, one.arm, one.against)]
+    return f" Of {', '.join(same)} these are the same models as {AT[analysis.primary['planned']['at']]}." if same else ""
+
+def heads_table(
+    analysis: Analysis,
+) -> Table | None: # None where no such pair is in
+    "Heads against more contrastive steps for the same compute: not planned, and said to be so"
+    planned, steps = analysis.primary["planned"], lambda arm: _range(analysis.results.scores.where(arm=arm, moment="flops").columns["step"])
+    if not analysis.unplanned: return None
+    rows = [[f"{one.arm} − {one.against}", f"{steps(one.arm)} against {steps(one.against)}", one.first.percent(), one.second.percent(), one.difference.points(), _number(one.p, ".4f"), one.difference.seeds, _reading(one, planned["alpha"])] for one in analysis.unplanned]
+    return Table(f"Not planned: is a generative head better than spending the same compute on more contrastive steps? {planned['family'].capitalize()} {AT['flops']}, {planned['metric']} score, {planned['readout']} readout, suite {planned['suite']!r}", ["comparison", "steps", "first", "second", "difference in points", "p, uncorrected", "seeds", "reads"], rows,
+                 "Not among the plan's comparisons and outside Holm's correction: this describes.")
+
+def pair_table(
+    analysis: Analysis,
+) -> Table | None: # None where the pair is not in
+    "The primary pair in every readout, suite, family and metric"
+    planned, found = analysis.primary["planned"], {(each["readout"], each["suite"], each["family"], each["metric"]): each["difference"] for each in analysis.pair}
+    if not found: return None
+    chief = (planned["readout"], planned["suite"], planned["family"], planned["metric"])
+    rows = [[*about, *(found[*about, metric].points() + " (primary)" * ((*about, metric) == chief) for metric in CHANCE)] for about in dict.fromkeys(key[:3] for key in found)]
+    return Table(f"{planned['arm']} − {planned['against']} {AT[planned['at']]}: paired differences in points", ["readout", "suite", "family", *CHANCE], rows,
+                 f"Intervals of {1 - planned['alpha']:.0%}, outside Holm's correction: only the cell marked (primary) is a test of the hypothesis, the others describe.")
 
 # %% ../../nbs/experiment/report.ipynb #b8c096c8
 def _shown(found): return found.percent() if found else "–"
@@ -371,20 +561,38 @@ def suites_table(
     rows = [[arm, *(_shown(analysis.cell(arm=arm, moment=moment, family=family, suite=suite)) for suite in suites for family in KINDS)] for arm in analysis.arms]
     return Table(f"Suites {AT[moment]}: {analysis.primary['planned']['metric']} score, native readout", ["arm", *(f"{suite}: {family}" for suite in suites for family in KINDS)], rows)
 
-RULE = ("No verdict: the attention probe does not find even the atoms, or was not measured. Lost: the probe's whole interval for binding lies below chance plus the smallest effect. Not used: the probe beats the native score by more than that, with its whole interval. "
-        "Used: the native score is above chance, and the interval of the difference lies below that margin. Open: anything else.")
+RULE = ("The probes are trained on labelled scenes of their own, and learn binding from them even where the encoder took no step. So the verdict compares the attention probe with the same probe on an untrained encoder, by the paired 95% interval of the difference in binding. Gained: the whole interval lies above zero. Lost: the whole interval lies below zero. "
+        "No gain: zero lies inside, and the whole interval below the smallest effect. Open: zero lies inside, and a difference that matters is not ruled out. No verdict: there is no untrained encoder to compare with, or the probe was not measured or does not find even the atoms. Attention minus native is a number and no verdict: the probe was taught binding, the native score was not.")
 
 def readouts_table(
     analysis: Analysis,
     moment: str,
 ) -> Table:
-    "Every readout of every arm, and where binding was lost"
+    "Every readout of every arm beside an untrained encoder, and what the training did"
     names = [name for name in analysis.results.scores.where(moment=moment).names("readout")]
     rows = []
     for arm in analysis.arms:
         if not (row := analysis.readouts.get((arm, moment))): continue
-        rows.append([arm, *(_shown(row["cells"].get((name, family))) for family in KINDS for name in names), row["gain"].points() if row["gain"] else "–", f"{row['verdict']}: {row['sentence']}"])
-    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", "verdict"], rows, RULE)
+        rows.append([arm, *(_shown(row["cells"].get((name, family))) for family in KINDS for name in names), *(row[gap].points() if row[gap] else "–" for gap in ("gain", "learned")), f"{row['verdict']}: {row['sentence']}"])
+    if analysis.untrained: rows.append([f"{UNTRAINED} encoder", *(_shown(analysis.untrained.get((name, family))) for family in KINDS for name in names), "–", "–", "what the probes learn from their own labelled scenes"])
+    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", f"attention − {UNTRAINED}, points", "verdict"], rows, RULE + _idle_note(analysis, moment), sentences=True)
+
+def _idle_note(analysis, moment):
+    "Why VUGEN has no denoising score"
+    if len(begun(analysis.results).where(arm=VUGEN, moment=moment, readout="denoising")) or not len(analysis.results.scores.where(arm=VUGEN, moment=moment, readout="denoising")): return ""
+    before, waits = reduction_steps(analysis.results.plan)
+    return f" VUGEN's denoising is left out: its image tower begins after {waits} own steps, and here it had {', '.join(str(step - before) for step in analysis.results.scores.where(arm=VUGEN, moment=moment).names('step'))}."
+
+def untrained_sentence(
+    analysis: Analysis,
+) -> str:
+    "What the probes find where the encoder took no step"
+    shown = lambda readout: f"{found.percent()}" if (found := analysis.untrained.get((readout, "binding"))) else ""
+    if not shown("attention"): return "No untrained encoder was measured: what the probes learn from their own labelled scenes cannot be told from what training put into the encoder, so no verdict is given."
+    plan, seeds = analysis.results.plan, analysis.results.untrained.names("seed")
+    return (f"The same attention probe on an untrained encoder reaches {shown('attention')} of binding" + (f" and the linear map {shown('linear')}" if shown("linear") else "") + f": so much the probes learn from their own {plan['readouts'].get('pictures', 0):,} labelled scenes, without any training of the encoder."
+            + (f" Untrained encoders of {len(seeds)} of {len(plan['seeds'])} seeds are in." if len(seeds) < len(plan["seeds"]) else ""))
+
 
 # %% ../../nbs/experiment/report.ipynb #835ed1f6
 def milestones_table(
@@ -392,31 +600,27 @@ def milestones_table(
     axis: str = "samples", # or "gflops"
 ) -> Table:
     "Samples or GFLOP to reach a level, for atoms and binding, and the lag between them"
-    rows = []
+    rows, levels = [], [(family, level) for family in KINDS for level in FAMILY_LEVELS[family]]
     for arm in analysis.arms:
-        found = {family: {row["level"]: row for row in milestones(each) if row["axis"] == axis} for family in KINDS if (each := analysis.curves.get((arm, family)))}
-        if len(found) < 2: continue
-        late = lag(analysis.curves[arm, "atom"], analysis.curves[arm, "binding"], LEVELS[0])
-        rows.append([arm, *(f"{told(found[family][level])} ({told(found[family][level], 'low')} to {told(found[family][level], 'high')})" if math.isfinite(found[family][level]["low"]) else told(found[family][level]) for family in KINDS for level in LEVELS), _late(late)])
-    return Table(f"{'Pictures' if axis == 'samples' else 'GFLOP'} until a level is reached for good", ["arm", *(f"{family}, {level:.0%}" for family in KINDS for level in LEVELS), f"lag of binding at {LEVELS[0]:.0%}"], rows,
-                 "The level is reached where the closest curve that never falls first crosses it. In brackets the 95% interval over seeds and items. The lag is in samples: how many times those of atoms binding takes.")
+        if not (late := _lag_of(analysis, arm)): continue
+        found = {(family, row["level"]): row for family in KINDS for row in milestones(analysis.curves[arm, family], FAMILY_LEVELS[family]) if row["axis"] == axis}
+        rows.append([arm, *(f"{told(found[each])} ({told(found[each], 'low')} to {told(found[each], 'high')})" if math.isfinite(found[each]["low"]) else told(found[each]) for each in levels), _late(late)])
+    return Table(f"{'Pictures' if axis == 'samples' else 'GFLOP'} until a level is reached for good", ["arm", *(f"{family}, {level:.0%}" for family, level in levels), f"lag of binding at {LEVELS[0]:.0%}"], rows,
+                 "The level is reached where the closest curve that never falls first crosses it. In brackets the 95% interval over seeds and items. The lag is in samples: how many times those of atoms binding takes." + _still_note(analysis))
 
-def _late(late):
-    if late["value"] is None: return "atoms do not reach it"
-    if math.isinf(late["value"]): return f"more than {late['at_least']:.1f}×"
-    return f"{late['value']:.1f}× ({late['low']:.1f} to " + ("unknown)" if math.isinf(late["high"]) else f"{late['high']:.1f})")
+def _still_note(analysis): return " VUGEN is left out: its native score is that of its captioner and cannot move." if VUGEN in analysis.arms else ""
 
 def areas_table(
     analysis: Analysis,
-) -> Table | None: # None where there are no curves with a common range
-    "Area under every curve, over the range that all arms were measured in"
-    spans = {axis: (max(min(place for place in getattr(each, axis) if place > 0) for each in analysis.curves.values()), min(max(getattr(each, axis)) for each in analysis.curves.values())) for axis in ("samples", "gflops")} if analysis.curves else {}
-    spans = {axis: span for axis, span in spans.items() if span[0] < span[1]}
-    if not spans: return None
-    each = lambda arm, family, axis: "{:.3f} [{:.3f}, {:.3f}]".format(*areas(analysis.curves[arm, family], *spans[axis], axis))
-    rows = [[arm, *(each(arm, family, axis) for axis in spans for family in KINDS)] for arm in analysis.arms if all((arm, family) in analysis.curves for family in KINDS)]
-    return Table("Area under the learning curve (mean accuracy over the logarithm of what was spent)", ["arm", *(f"{family}, over {'pictures' if axis == 'samples' else 'GFLOP'}" for axis in spans for family in KINDS)], rows,
-                 "Ranges that all arms share: " + ", ".join(f"{low:,.0f} to {high:,.0f} {'pictures' if axis == 'samples' else 'GFLOP'}" for axis, (low, high) in spans.items()) + ".")
+) -> Table | None: # None where no pair has curves with a common range
+    "Areas under the curves of every planned pair, over the range that the pair shares"
+    if not analysis.areas: return None
+    found = {(one["arm"], one["against"], one["family"], one["axis"]): one for one in analysis.areas}
+    points = lambda one: f"{100 * one['value']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+    cells = lambda one: (f"{one['span'][0]:,.0f} – {one['span'][1]:,.0f}", f"{one['first']:.3f} / {one['second']:.3f}", points(one)) if one else ("–",) * 3
+    rows = [[f"{arm} − {against}", family, *(cell for axis in ("samples", "gflops") for cell in cells(found.get((arm, against, family, axis)))), max(one["seeds"] for key, one in found.items() if key[:3] == (arm, against, family))] for arm, against, family in dict.fromkeys(key[:3] for key in found)]
+    return Table("Area under the learning curve (mean accuracy over the logarithm of what was spent): paired differences in points", ["comparison", "family", *(f"{what} {name}" for name in ("pictures", "GFLOP") for what in ("range of", "areas over", "difference over")), "seeds"], rows,
+                 "Each pair over the range that both were measured in. 95% intervals over seeds and items, outside Holm's correction: they describe." + _still_note(analysis))
 
 def mcnemar_table(
     found: Comparison,
@@ -430,8 +634,20 @@ def power_table(
 ) -> Table:
     "The smallest difference that an experiment of some size finds with 80% power"
     found, planned = {(row["seeds"], row["items"]): row for row in analysis.power}, analysis.primary["planned"]
-    rows = [[seeds, *(f"{100 * found[seeds, items]['detectable']:.1f} ({found[seeds, items]['power']:.0%})" for items in POWER_ITEMS)] for seeds in (3, 5, 8, 10, 15, 20)]
-    return Table(f"Smallest difference found with 80% power, in points (and power to find {_points(planned['smallest_effect'])})", ["seeds", *(f"{items} items" for items in POWER_ITEMS)], rows, "From the variances of this run's paired differences between seeds, between items and of the rest. " + ("Between seeds it was estimated as zero, which so few seeds cannot prove: read these numbers as the best case." if analysis.primary["comparison"].components.seed == 0 else "Estimated from few seeds they are rough themselves."))
+    sizes = sorted({items for _, items in found})
+    rows = [[seeds, *(f"{100 * found[seeds, items]['detectable']:.1f} ({found[seeds, items]['power']:.0%})" for items in sizes)] for seeds in (3, 5, 8, 10, 15, 20)]
+    return Table(f"Smallest difference found with 80% power, in points (and power to find {_points(planned['smallest_effect'])})", ["seeds", *(f"{items} items" + ", as planned" * (items == planned["items"]) for items in sizes)], rows, "From the variances of this run's paired differences between seeds, between items and of the rest. " + ("Between seeds it was estimated as zero, which so few seeds cannot prove: read these numbers as the best case." if analysis.primary["comparison"].components.seed == 0 else "Estimated from few seeds they are rough themselves."))
+
+def _sure(share): return f"{share:.0%}" if share < 0.995 else "more than 99%"
+
+def planned_power(
+    analysis: Analysis, # with `power`
+) -> str: # empty where the plan has one seed
+    "What the planned size can see"
+    planned, parts = analysis.primary["planned"], analysis.primary["comparison"].components
+    if planned["seeds"] < 2 or planned["items"] < 2: return ""
+    about = parts, planned["seeds"], planned["items"], planned["alpha"]
+    return f"The planned size, {_seeds(planned['seeds'])} × {planned['items']} items, finds a difference of {_points(planned['smallest_effect'])} with a power of {_sure(power(planned['smallest_effect'], *about))} and one of {_points(detectable(*about))} with 80%, by the variances of this run."
 
 # %% ../../nbs/experiment/report.ipynb #948bf602
 @dataclass(frozen=True)
@@ -497,18 +713,18 @@ def _curve_panel(axis, arm, analysis):
 def cost_figure(
     analysis: Analysis,
 ) -> Picture:
-    "Binding of all arms against pictures and against measured GFLOP"
+    "Binding of all arms against pictures and against GFLOP"
     figure = _figure(9, 3.4)
     axes = figure.subplots(1, 2, sharey=True)
     curves = {arm: each for arm in analysis.arms if (each := analysis.curves.get((arm, "binding")))}
-    for axis, name, label in zip(axes, ("samples", "gflops"), ("pictures", "GFLOP, measured")):
+    for axis, name, label in zip(axes, ("samples", "gflops"), ("pictures", "GFLOP, by the flop counter")):
         for place, (arm, each) in enumerate(curves.items()): axis.plot(getattr(each, name), each.values.mean((1, 2)), label=arm, **_style(place))
         axis.axhline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls="--", lw=0.8)
         _logarithmic(axis); axis.set_xlabel(label, fontsize=8)
     axes[0].set_ylabel(f"binding, {analysis.primary['planned']['metric']} score", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     ends = ", ".join(f"{arm} {each.values[-1].mean():.0%} after {each.samples[-1]:,.0f} pictures and {each.gflops[-1]:,.0f} GFLOP" for arm, each in curves.items())
-    return _picture(figure, "cost", "Binding against pictures and against compute", f"Binding accuracy of every arm against pictures seen (left) and against measured GFLOP (right), both logarithmic. At the last moment: {ends}.")
+    return _picture(figure, "cost", "Binding against pictures and against compute", f"Binding accuracy of every arm against pictures seen (left) and against GFLOP by the flop counter (right), both logarithmic. At the last moment: {ends}.")
 
 def forest_figure(
     analysis: Analysis,
@@ -519,13 +735,13 @@ def forest_figure(
     axis, margin, planned = figure.subplots(), 100 * analysis.primary["planned"]["smallest_effect"], analysis.primary["planned"]
     axis.axvspan(-margin, margin, color="0.92", lw=0, label="too small to matter"); axis.axvline(0, color="0.3", lw=0.8)
     for moment, shift, color, mark in zip(MOMENTS, (-0.14, 0.14), ("#0072b2", "#d55e00"), "os"):
-        found = {(one.arm, one.against): one.difference for one in analysis.comparisons[moment]}
+        found = {(one.arm, one.against): replace(one.difference, low=0.0, high=0.0) if _exact(analysis.results, one, moment) else one.difference for one in analysis.comparisons[moment] if moment == planned["at"] or not same_models(analysis.results, one.arm, one.against)}
         rows = [(names.index(pair) + shift, each) for pair, each in found.items()]
         if rows: axis.errorbar([100 * each.value for _, each in rows], [place for place, _ in rows], xerr=np.array([[100 * (each.value - each.low), 100 * (each.high - each.value)] for _, each in rows]).T, fmt=mark, ms=5, lw=1.5, color=color, label=AT[moment])
     axis.set_yticks(range(len(names)), [f"{first} − {second}" + (" *" if (first, second) == (planned["arm"], planned["against"]) else "") for first, second in names])
-    axis.invert_yaxis(); axis.set_xlabel(f"difference in points, {planned['family']}, {planned['metric']} score (* primary comparison)", fontsize=8); figure.legend(fontsize=7, loc="outside upper center", ncols=3)
+    axis.invert_yaxis(); axis.set_xlabel(f"difference in points, {planned['family']}, {planned['metric']} score\n* primary comparison{'; a single mark: the same models at both moments' * any(same_models(analysis.results, *pair) for pair in names)}", fontsize=8); figure.legend(fontsize=7, loc="outside upper center", ncols=3)
     words = "; ".join(f"{AT[moment]}: " + ", ".join(f"{one.arm} minus {one.against} {one.difference.points()}" for one in analysis.comparisons[moment]) for moment in MOMENTS)
-    return _picture(figure, "differences", "Differences with their intervals", f"Differences in points with {1 - planned['alpha']:.0%} intervals, {words}.")
+    return _picture(figure, "differences", "Differences with their intervals", f"Differences in points with {1 - planned['alpha']:.0%} intervals, {words}.{_same_note(analysis, next(moment for moment in MOMENTS if moment != planned['at']))}")
 
 # %% ../../nbs/experiment/report.ipynb #2e6168d6
 def readouts_figure(
@@ -539,13 +755,15 @@ def readouts_figure(
     for axis, family in zip(axes, KINDS):
         for place, name in enumerate(names):
             found = [(number + 0.6 * (place + 0.5) / len(names) - 0.3, one) for number, arm in enumerate(analysis.arms) if (one := analysis.readouts.get((arm, moment), {"cells": {}})["cells"].get((name, family)))]
-            if found: axis.errorbar([one.value for _, one in found], [row for row, _ in found], xerr=np.array([[one.value - one.low, one.high - one.value] for _, one in found]).T, fmt=_MARKS[place % len(_MARKS)], ms=4, lw=1, label=name)
-        axis.axvline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls="--", lw=0.8)
+            if found: axis.errorbar([one.value for _, one in found], [row for row, _ in found], xerr=np.array([[one.value - one.low, one.high - one.value] for _, one in found]).T, fmt=_MARKS[place % len(_MARKS)], ms=4, lw=1, color=f"C{place}", label=name)
+            if bare := analysis.untrained.get((name, family)): axis.axvline(bare.value, color=f"C{place}", ls=(0, (5, 2)), lw=1, label=f"{UNTRAINED} encoder, {name}")
+        axis.axvline(CHANCE[analysis.primary["planned"]["metric"]], color="0.5", ls=":", lw=1, label="chance")
         axis.set_title({"atom": "atoms", "binding": "binding"}[family], fontsize=9)
     axes[0].set_yticks(range(len(analysis.arms)), analysis.arms); axes[0].invert_yaxis(); axes[0].set_xlim(0, 1.02)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=len(names))
-    words = "; ".join(f"{arm}: " + ", ".join(f"{name} {one.value:.0%}" for name in names if (one := analysis.readouts.get((arm, moment), {"cells": {}})["cells"].get((name, "binding")))) for arm in analysis.arms)
-    return _picture(figure, f"readouts-{moment}", f"Readouts {AT[moment]}", f"Accuracy of atoms (left) and binding (right) of every arm by each readout, with 95% intervals and a dashed line at chance. Binding: {words}.")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center", ncols=4)
+    bare = ", ".join(f"{name} {one.value:.0%}" for name in names if (one := analysis.untrained.get((name, "binding"))))
+    words = (f"untrained encoder: {bare}; " if bare else "") + "; ".join(f"{arm}: " + ", ".join(f"{name} {one.value:.0%}" for name in names if (one := analysis.readouts.get((arm, moment), {"cells": {}})["cells"].get((name, "binding")))) for arm in analysis.arms)
+    return _picture(figure, f"readouts-{moment}", f"Readouts {AT[moment]}", f"Accuracy of atoms (left) and binding (right) of every arm by each readout, with 95% intervals, a dotted line at chance{' and dashed lines where the probes stand on an untrained encoder' * bool(bare)}. Binding: {words}.")
 
 def path_figure(
     analysis: Analysis,
@@ -567,7 +785,8 @@ def power_figure(
     "Power and smallest detectable difference against seeds, for several numbers of items"
     figure, planned, here = _figure(8, 2.9), analysis.primary["planned"], analysis.primary["comparison"].difference
     axes = figure.subplots(1, 2)
-    for place, items in enumerate(POWER_ITEMS):
+    sizes = sorted({row["items"] for row in analysis.power})
+    for place, items in enumerate(sizes):
         rows = [row for row in analysis.power if row["items"] == items]
         for axis, name, scale in zip(axes, ("power", "detectable"), (1, 100)): axis.plot([row["seeds"] for row in rows], [scale * row[name] for row in rows], label=f"{items} items", **_style(place))
     axes[0].axhline(0.8, color="0.5", ls="--", lw=0.8); axes[1].axhline(100 * planned["smallest_effect"], color="0.5", ls="--", lw=0.8)
@@ -575,17 +794,29 @@ def power_figure(
         axis.set_xlabel("seeds", fontsize=8); axis.set_title(label, fontsize=9); axis.axvline(here.seeds, color="0.8", lw=0.8, zorder=0); axis.set_ylim(0); axis.set_xticks((3, 5, 10, 15, 20))
     axes[1].legend(fontsize=7)
     words = ", ".join(f"{row['items']} items {100 * row['detectable']:.1f} points" for row in analysis.power if row["seeds"] == min(max(here.seeds, 3), 20))
-    return _picture(figure, "power", "Power", f"Power to find {_points(planned['smallest_effect'])} (left) and the smallest difference found with 80% power (right) against seeds, for 100 to 2000 items. With {_seeds(min(max(here.seeds, 3), 20))}: {words}.")
+    return _picture(figure, "power", "Power", f"Power to find {_points(planned['smallest_effect'])} (left) and the smallest difference found with 80% power (right) against seeds, for {sizes[0]} to {sizes[-1]} items. With {_seeds(min(max(here.seeds, 3), 20))}: {words}.")
 
 # %% ../../nbs/experiment/report.ipynb #46c5c55f
 def sham_sentence(
     analysis: Analysis,
 ) -> str: # empty where no such pair is compared
     "Whether the head whose gradient never reaches the encoder changes nothing"
-    found = next((one for one in analysis.comparisons["steps"] if (one.arm, one.against) == ("contrastive+sham", "contrastive")), None)
+    found = next((one for one in analysis.comparisons["steps"] if (one.arm, one.against) == SHAM), None)
     if not found: return ""
+    if _exact(analysis.results, found, "steps"): return f"Control: with the sham head, whose gradient never reaches the encoder, the arm is identical on all {_scored(found)} scores, as it must be by construction."
     margin, gap = _points(found.equivalence["margin"]), f"{found.difference.points()} points, {_p(found.equivalence['p'])} by two one-sided tests"
     return "Control: the sham head, whose gradient never reaches the encoder, " + (f"changes nothing beyond ±{margin} ({gap})." if found.equivalence["equivalent"] else f"should change nothing; that it changes less than {margin} is not shown ({gap}).")
+
+def other_moment(
+    analysis: Analysis,
+) -> str: # empty where it was not measured
+    "The primary pair at the moment that is not the primary one"
+    planned = analysis.primary["planned"]
+    pair, other = (planned["arm"], planned["against"]), next(moment for moment in MOMENTS if moment != planned["at"])
+    if not (found := compare_arms(analysis.results, *pair, other)): return ""
+    at = AT[other][0].upper() + AT[other][1:]
+    if same_models(analysis.results, *pair): return f"{at} these are the same models, scored once: there is no second result."
+    return f"The same pair {AT[other]}, not the primary test: " + sentence_of(found, f"{planned['family']} ({AT[other]})", 1 - planned["alpha"])
 
 def _opening(analysis):
     plan, primary = analysis.results.plan, analysis.primary
@@ -594,8 +825,7 @@ def _opening(analysis):
     if primary["planned"].get("hypothesis"): yield "text", f"Hypothesis, written down before the run: {primary['planned']['hypothesis']}"
     yield "heading", "Primary result"
     yield "result", primary["sentence"]
-    other = next(moment for moment in MOMENTS if moment != primary["planned"]["at"])
-    if found := compare_arms(analysis.results, primary["planned"]["arm"], primary["planned"]["against"], other): yield "text", f"The same pair {AT[other]}, not the primary test: " + sentence_of(found, f"{primary['planned']['family']} ({AT[other]})", 1 - primary["planned"]["alpha"])
+    if sentence := other_moment(analysis): yield "text", sentence
     if sentence := sham_sentence(analysis): yield "text", sentence
     if primary["comparison"]: yield "table", mcnemar_table(primary["comparison"])
 
@@ -605,11 +835,13 @@ def _middle(analysis):
     if any(analysis.comparisons.values()): yield "figure", forest_figure(analysis)
     for moment in MOMENTS:
         if analysis.comparisons[moment]: yield "table", comparisons_table(analysis, moment)
+    for make in (pair_table, heads_table):
+        if table := make(analysis): yield "table", table
     yield "heading", "Atoms and binding"
     measured = [moment for moment in MOMENTS if moment in analysis.results.scores.names("moment")]
     for make in (families_table, metrics_table, suites_table):
         for moment in measured: yield "table", make(analysis, moment)
-    yield "heading", "Was it lost, or not used?"
+    yield "heading", "Was it lost, or not used?"; yield "text", untrained_sentence(analysis)
     for moment in measured: yield "figure", readouts_figure(analysis, moment); yield "table", readouts_table(analysis, moment)
 
 def _end(analysis):
@@ -619,12 +851,51 @@ def _end(analysis):
         for axis in ("samples", "gflops"): yield "table", milestones_table(analysis, axis)
         if table := areas_table(analysis): yield "table", table
     yield "heading", "Power"
-    if analysis.power: yield "figure", power_figure(analysis); yield "table", power_table(analysis)
+    if analysis.power:
+        if sentence := planned_power(analysis): yield "text", sentence
+        yield "figure", power_figure(analysis); yield "table", power_table(analysis)
     else: yield "text", "Power needs the primary comparison on two seeds or more."
     yield "heading", "How it was calculated"
     for line in METHODS: yield "text", line
-    if analysis.results.plan.get("pilot"): yield "heading", "Pilot"; yield "code", json.dumps(analysis.results.plan["pilot"], indent=1, ensure_ascii=False)
+    yield "heading", "Limits"
+    for line in limits(analysis): yield "text", line
+    if pilots := [pilot for pilot in analysis.results.plan.get("pilot", []) if isinstance(pilot, dict)]:
+        yield "heading", "Pilot"
+        for line in dict.fromkeys(str(pilot["decision"]) for pilot in pilots if pilot.get("decision")): yield "text", line
+        for number, pilot in enumerate(pilots, 1): yield "details", (f"Pilot {number}: {pilot.get('digest', '')}", pilot_table(pilot))
     yield "heading", "Provenance"; yield "text", _provenance(analysis.results)
+
+def pilot_table(
+    pilot: dict, # of `vugen experiment plan --pilot`
+) -> Table:
+    "What a pilot measured along training: a line for each arm and family, a column for each step"
+    found = {(str(row.get("arm")), str(row.get("family")), row.get("step")): row.get("value") for row in pilot.get("curves", [])}
+    steps = sorted({step for *_, step in found if isinstance(step, int)})
+    shown = lambda value: f"{value:.0%}" if isinstance(value, (int, float)) else "–"
+    seeds = ", ".join(map(str, pilot.get("seeds", [])))
+    return Table(f"Accuracy after so many steps, seed {seeds}", ["arm", "family", *map(str, steps)], [[*about, *(shown(found.get((*about, step))) for step in steps)] for about in dict.fromkeys(key[:2] for key in found)])
+
+def _rise(analysis):
+    "Whether training ended before binding did"
+    ways = [each.values.mean((1, 2)) for (arm, family), each in analysis.curves.items() if family == "binding" and arm != VUGEN and len(each.steps) > 1]
+    up = sum(way[-1] > way[-2] for way in ways)
+    return f"Binding is still rising where training ends: it is higher at the last measured moment than at the one before in {up} of {len(ways)} arms." if ways and 4 * up >= 3 * len(ways) else ""
+
+def _clusters(analysis):
+    "Whether items that share a scene make the intervals too narrow"
+    primary, said = analysis.primary["planned"], "Items of different kinds may show the same base scene, though items count as independent"
+    if not analysis.primary["comparison"]: return said + "."
+    errors = clustered_error(paired(*(grid(primary_cell(analysis.results, primary[name]), primary["metric"]) for name in ("arm", "against"))))
+    return said + (f": with scenes as the unit, the standard error of the primary difference is {100 * errors[1]:.2f} points instead of {100 * errors[0]:.2f}." if errors and errors[0] else ".")
+
+def limits(
+    analysis: Analysis,
+) -> list[str]: # sentences
+    "What the numbers cannot tell"
+    plan = analysis.results.plan
+    rate, own = plan["recipe"].get("learning_rate", "the default"), [arm for arm, each in plan["arms"].items() if {"contrastive", "flow"} & set(each["settings"])]
+    weights = f"Loss weights are 1.0 in all arms{' but ' * bool(own)}{', '.join(own)}, and the learning rate is {rate} in all: neither was tuned for any arm by itself."
+    return [line for line in (_rise(analysis), weights, _clusters(analysis), _vugen_note(analysis, "steps").strip()) if line]
 
 METHODS = (
     "Intervals: two-way bootstrap over seeds × items (pigeonhole: both drawn with replacement, items the same for every seed), its draws scaled to the standard error of a two-way analysis of variance with Satterthwaite's degrees of freedom. With one seed only items are drawn, and the interval speaks of that model alone.",
@@ -634,7 +905,7 @@ METHODS = (
 def _provenance(results):
     versions = {json.dumps(record.get("versions", {}), sort_keys=True) for record in results.records}
     said = "; ".join(", ".join(f"{name} {version}" for name, version in json.loads(each).items()) for each in sorted(versions) if each != "{}")
-    return f"Plan {results.plan.get('name', '')} {results.digest}; {len(results.records)} jobs; {len(results.scores):,} scores" + (f"; {said}" if said else "") + "."
+    return f"Plan {results.plan.get('name', '')} {results.digest}; {len(results.records)} jobs; {len(results.scores):,} scores" + (f"; untrained encoders of {_seeds(len(results.untrained.names('seed')))}" if results.untrained is not None else "; no untrained encoder") + (f"; {said}" if said else "") + "."
 
 def page_blocks(
     analysis: Analysis,
@@ -650,13 +921,14 @@ def page_markdown(
     title: str,
 ) -> str:
     "Markdown with a Quarto header; figures lie in the folder `figures`"
-    write = {"heading": lambda text: f"## {text}", "text": str, "warning": lambda text: f"> **{text}**", "result": lambda text: f"**{text}**", "code": lambda text: f"```json\n{text}\n```", "table": lambda table: table.markdown(),
+    write = {"heading": lambda text: f"## {text}", "text": str, "warning": lambda text: f"> **{text}**", "result": lambda text: f"**{text}**", "table": lambda table: table.markdown(),
+             "details": lambda each: f"<details><summary>{html.escape(each[0])}</summary>\n\n{each[1].markdown()}\n\n</details>",
              "figure": lambda picture: f"![{picture.title}](figures/{picture.name}.png){{fig-alt={json.dumps(picture.alt, ensure_ascii=False)}}}"}
     return f"---\ntitle: {json.dumps(title, ensure_ascii=False)}\nformat: html\n---\n\n" + "\n\n".join(write[kind](content) for kind, content in blocks) + "\n"
 
 _CSS = ("body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem;color:#1a1a1a;background:#fff}.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82rem;margin:1rem 0}caption{text-align:left;font-weight:600;padding:.3rem 0}"
-        "th,td{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}th[scope=row],td:last-child{text-align:left}.result{font-size:1.15rem;border-left:4px solid #0072b2;padding:.3rem .8rem;background:#f2f7fb}"
-        ".warning{border-left:4px solid #d55e00;padding:.3rem .8rem;background:#fdf3ec}.note,figcaption{font-size:.82rem;color:#555}figure{margin:1rem 0}img{max-width:100%;height:auto}pre{overflow-x:auto;font-size:.75rem;background:#f6f6f6;padding:.5rem}")
+        "th,td{padding:.2rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}th:first-child,th:last-child,td:last-child{text-align:left}.result{font-size:1.15rem;border-left:4px solid #0072b2;padding:.3rem .8rem;background:#f2f7fb}"
+        ".warning{border-left:4px solid #d55e00;padding:.3rem .8rem;background:#fdf3ec}.note,figcaption{font-size:.82rem;color:#555}figure{margin:1rem 0}img{max-width:100%;height:auto}.long{min-width:14rem}summary{cursor:pointer}")
 
 def page_html(
     blocks: list, # of `page_blocks`
@@ -664,7 +936,8 @@ def page_html(
 ) -> str:
     "One HTML file that needs nothing beside it"
     text = html.escape
-    write = {"heading": lambda each: f"<h2>{text(each)}</h2>", "text": lambda each: f"<p>{text(each)}</p>", "warning": lambda each: f"<p class=\"warning\" role=\"note\">{text(each)}</p>", "result": lambda each: f"<p class=\"result\">{text(each)}</p>", "code": lambda each: f"<pre>{text(each)}</pre>", "table": lambda each: each.html(),
+    write = {"heading": lambda each: f"<h2>{text(each)}</h2>", "text": lambda each: f"<p>{text(each)}</p>", "warning": lambda each: f"<p class=\"warning\" role=\"note\">{text(each)}</p>", "result": lambda each: f"<p class=\"result\">{text(each)}</p>", "table": lambda each: each.html(),
+             "details": lambda each: f"<details><summary>{text(each[0])}</summary>{each[1].html()}</details>",
              "figure": lambda each: f"<figure><img alt=\"{text(each.alt)}\" src=\"data:image/png;base64,{base64.b64encode(each.png).decode()}\"><figcaption>{text(each.title)}</figcaption></figure>"}
     return f"<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width,initial-scale=1\"><title>{text(title)}</title><style>{_CSS}</style></head>\n<body><main><h1>{text(title)}</h1>\n" + "\n".join(write[kind](content) for kind, content in blocks) + "\n</main></body></html>\n"
 

@@ -18,13 +18,14 @@ from ..evaluate.intervals import student_quantile, student_share, wilson
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['CHANCE', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', 'DRAWS', 'POWER_SEEDS', 'POWER_ITEMS', 'LEVELS', 'Scores',
-           'make_scores', 'join', 'write_scores', 'read_scores', 'simulate_cell', 'simulate_scores', 'Grid', 'grid',
-           'Components', 'mean_squares', 'components', 'standard_error', 'bootstrap_draws', 'Interval', 'interval',
-           'paired', 'tail', 'two_sided', 'mcnemar', 'discordant', 'cohen_h', 'odds_ratio', 'seed_test', 'equivalence',
-           'holm', 'Comparison', 'compare', 'adjusted', 'planned_error', 'beyond', 'power', 'detectable', 'power_rows',
-           'Curve', 'curve', 'rising', 'reach', 'area', 'curve_draws', 'wide_tail', 'drawn_interval', 'milestones',
-           'told', 'areas', 'lag', 'readout_verdict', 'readout_row']
+__all__ = ['CHANCE', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', 'DRAWS', 'POWER_SEEDS', 'POWER_ITEMS', 'LEVELS',
+           'FAMILY_LEVELS', 'Scores', 'make_scores', 'join', 'write_scores', 'read_scores', 'simulate_cell',
+           'simulate_scores', 'simulate_plan', 'Grid', 'grid', 'Components', 'mean_squares', 'components',
+           'standard_error', 'bootstrap_draws', 'Interval', 'interval', 'paired', 'tail', 'two_sided', 'mcnemar',
+           'discordant', 'cohen_h', 'odds_ratio', 'seed_test', 'equivalence', 'holm', 'Comparison', 'compare',
+           'adjusted', 'clustered_error', 'planned_error', 'beyond', 'power', 'detectable', 'power_rows', 'Curve',
+           'curve', 'rising', 'reach', 'area', 'curve_draws', 'wide_tail', 'drawn_interval', 'milestones', 'told',
+           'areas', 'shared_span', 'paired_areas', 'lag', 'readout_verdict', 'readout_row']
 
 # %% ../../nbs/experiment/statistics.ipynb #faf920dd
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "match": 1 / 2, "across": 1 / 6}  # of a scorer that guesses
@@ -162,6 +163,29 @@ def simulate_scores(
                     values = {metric: simulate_cell(truth(arm, readout, suite, family, kind, step), seeds, items, draw, 0.0, hard[suite, kind], luck) for metric in ("text", "image")}
                     blocks.append(_block(dict(arm=arm, moment=moment, readout=readout, suite=suite, family=family, kind=kind, cost=cost), step, values, draw))
     return join(blocks)
+
+# %% ../../nbs/experiment/statistics.ipynb #5a1e0002
+_SIMULATED = {"metric": "text", "family": "binding", "suite": "seen", "readout": "native", "arm": "contrastive+pixels", "against": "contrastive+sham", "at": "steps", "alpha": 0.05, "smallest_effect": 0.05, "hypothesis": "A head helps."}
+
+def _simulated_arm(cost, least, steps):
+    equal = round(steps * least / cost)
+    return {"settings": {}, "earlier": None, "before": 0, "steps": max(steps, equal), "equal_flops": equal, "gflops_per_step": [cost, cost], "gflops_before": 0.0, "samples_per_step": 64}
+
+def simulate_plan(
+    costs: dict, # arm → GFLOP a step, as for `simulate_scores`
+    seeds: int = 5,
+    items: int = 40, # a kind
+    steps: int = 1000,
+    curve: tuple = (), # steps that are measured along training
+    suites: tuple = ("seen",),
+    **changes, # of the plan's keys; those of `primary` one by one
+) -> dict: # as `vugen experiment plan` writes it
+    "The plan of a simulated experiment"
+    from vugen.data.scenes import World
+    primary = {**_SIMULATED, "items": items * len(KINDS["binding"]), "seeds": seeds, **changes.pop("primary", {})}
+    return {"name": "simulated", "preset": "tiny", "question": "Does a head help?", "world": World().asdict(), "sizes": {}, "recipe": {"batch_size": 64, "learning_rate": 1e-3}, "seeds": list(range(seeds)), "steps": steps,
+            "arms": {name: _simulated_arm(cost, min(costs.values()), steps) for name, cost in costs.items()}, "gflops": steps * min(costs.values()), "curve": sorted({*curve, steps}), "vae": "vae", "readouts": {"pictures": 2000}, "primary": primary,
+            "items": {"suites": list(suites), "per_kind": items, "curve_per_kind": items, "seed": 0}, "comparisons": [["contrastive+pixels", "contrastive+sham"], ["contrastive+sham", "contrastive"]], **changes}
 
 # %% ../../nbs/experiment/statistics.ipynb #4e223d52
 @dataclass(frozen=True)
@@ -442,6 +466,16 @@ def adjusted(
     "The same with Holm's p values"
     return [replace(each, p_holm=p) for each, p in zip(comparisons, holm([each.p for each in comparisons]))]
 
+# %% ../../nbs/experiment/statistics.ipynb #5a1e0006
+def clustered_error(
+    gap: Grid, # of `paired`
+) -> tuple[float, float] | None: # standard errors over items, and over scenes; None where kinds have unlike numbers of items
+    "What becomes of the standard error where items that begin with the same scene are one draw"
+    _, cluster, sizes = np.unique((gap.items & (2**32 - 1)) % 100_000, return_inverse=True, return_counts=True)  # `make_items` numbers each kind from a multiple of 100 000
+    if len(set(sizes.tolist())) > 1 or len(sizes) < 2: return None
+    means = gap.values[:, np.argsort(cluster, kind="stable")].reshape(len(gap.values), len(sizes), -1).mean(2)
+    return tuple(standard_error(mean_squares(values), *values.shape)[0] for values in (gap.values, means))
+
 # %% ../../nbs/experiment/statistics.ipynb #422e8805
 def planned_error(
     parts: Components, # of paired differences
@@ -612,6 +646,7 @@ def drawn_interval(
     return float(value), float(min(low, value)), float(max(high, value))
 
 LEVELS = (0.75, 0.9)
+FAMILY_LEVELS = {"atom": LEVELS, "binding": (0.4, *LEVELS)}  # binding is far from the others at the sizes tried, and 40% can be reached
 
 def milestones(
     each: Curve,
@@ -646,6 +681,31 @@ def areas(
     places = getattr(each, axis)
     return drawn_interval(area(places, each.values.mean((1, 2)), low, high), area(places, curve_draws(each, draws), low, high), len(each.seeds))
 
+def shared_span(
+    first: Curve,
+    second: Curve,
+    axis: str = "samples", # or "gflops"
+) -> tuple[float, float] | None: # ends; None where they share no range
+    "The range that both curves were measured in"
+    places = [each[each > 0] for each in (getattr(first, axis), getattr(second, axis))]
+    low, high = max(each[0] for each in places), min(each[-1] for each in places)
+    return (float(low), float(high)) if low < high else None
+
+def paired_areas(
+    first: Curve,
+    second: Curve,
+    axis: str = "samples", # or "gflops"
+    draws: int = 500,
+) -> dict | None: # first, second, value (first minus second), low, high, span, seeds; None where they share no seed or no range
+    "Areas under two curves over the range that both were measured in, and their difference; the same seeds and items are drawn for both"
+    shared, span = [seed for seed in first.seeds if seed in second.seeds], shared_span(first, second, axis)
+    if not shared or not span: return None
+    if first.values.shape[2] != second.values.shape[2]: raise UserError(f"two curves were scored on {first.values.shape[2]} and {second.values.shape[2]} items: run both arms by one plan.")
+    both = [replace(each, values=each.values[:, [each.seeds.index(seed) for seed in shared]], seeds=tuple(shared)) for each in (first, second)]
+    ends, drawn = ([area(getattr(each, axis), values, *span) for each, values in zip(both, sets)] for sets in ([each.values.mean((1, 2)) for each in both], [curve_draws(each, draws) for each in both]))
+    value, low, high = drawn_interval(ends[0] - ends[1], drawn[0] - drawn[1], len(shared))
+    return {"first": float(ends[0]), "second": float(ends[1]), "value": value, "low": low, "high": high, "span": span, "seeds": len(shared)}
+
 def lag(
     atoms: Curve,
     binding: Curve,
@@ -664,31 +724,34 @@ def lag(
 # %% ../../nbs/experiment/statistics.ipynb #9cb0fe31
 def readout_verdict(
     atoms: Interval | None, # of the attention probe
-    probe: Interval | None, # its binding
-    native: Interval, # binding by the native score
-    gain: Interval | None, # probe minus native, paired
+    learned: Interval | None, # its binding minus that of the same probe on an untrained encoder, paired
     chance: float,
     margin: float, # smallest effect that would matter
 ) -> tuple[str, str]: # name, sentence
-    "Whether the encoder lost binding or the readout does not use it"
-    if atoms is None or probe is None or gain is None: return "no verdict", "no attention probe was measured"
+    "Whether training put binding into the tokens, as seen from an untrained encoder"
+    if atoms is None: return "no verdict", "no attention probe was measured"
+    if learned is None: return "no verdict", "no untrained encoder to compare with"
     if atoms.low <= chance: return "no verdict", "the attention probe does not even find the atoms"
-    if probe.high < chance + margin: return "lost", "the encoder lost it: the attention probe finds the atoms and no binding"
-    if gain.low > margin: return "not used", "it is in the tokens and the native score does not use it"
-    if native.low > chance and gain.high < margin: return "used", "it is in the tokens and the native score uses it"
-    return "open", "the intervals allow more than one reading"
+    name, sentence = (("gained", "the training put it into the tokens") if learned.low > 0 else ("lost", "the training lost what an untrained encoder gives") if learned.high < 0
+                      else ("no gain", "no more than an untrained encoder gives the probe") if learned.high < margin else ("open", "no difference from an untrained encoder was found, and one that matters is not ruled out"))
+    return name, sentence + (" (one seed: of these two models only)" if learned.seeds == 1 else "")
+
+def _gap(first, second, draws): # of two grids; None where one is missing or they share no seed
+    if first is None or second is None or not set(first.seeds) & set(second.seeds): return None
+    return interval(paired(first, second).values, least=-1, most=1, draws=draws)
 
 def readout_row(
     scores: Scores, # of one arm, suite and moment
     metric: str = "text",
     margin: float = 0.05,
     draws: int = DRAWS,
-) -> dict: # cells {(readout, family): Interval}, gain, verdict, sentence
-    "All readouts of an arm beside each other, with the verdict"
+    untrained: Scores | None = None, # the same suite read from an untrained encoder, with the same words (`join`)
+) -> dict: # cells {(readout, family): Interval}, gain, learned, verdict, sentence
+    "All readouts of an arm beside each other, with the verdict. `gain` is the attention probe minus the native score, `learned` the probe minus that of an untrained encoder"
     grids = {(readout, family): grid(part, metric) for readout in scores.names("readout") for family in KINDS if len(part := scores.where(readout=readout, family=family))}
     cells = {key: interval(each.values, draws=draws) for key, each in grids.items()}
+    bare = untrained.where(readout="attention", family="binding") if untrained is not None else ()
     probe, native = grids.get(("attention", "binding")), grids.get(("native", "binding"))
-    gain = interval(paired(probe, native).values, least=-1, most=1, draws=draws) if probe and native else None
-    if native is None: return {"cells": cells, "gain": None, "verdict": "no verdict", "sentence": "no native score was measured"}
-    verdict, sentence = readout_verdict(cells.get(("attention", "atom")), cells.get(("attention", "binding")), cells["native", "binding"], gain, CHANCE[metric], margin)
-    return {"cells": cells, "gain": gain, "verdict": verdict, "sentence": sentence}
+    learned = _gap(probe, grid(bare, metric) if len(bare) else None, draws)
+    verdict, sentence = readout_verdict(cells.get(("attention", "atom")) if probe else None, learned, CHANCE[metric], margin)
+    return {"cells": cells, "gain": _gap(probe, native, draws), "learned": learned, "verdict": verdict, "sentence": sentence}

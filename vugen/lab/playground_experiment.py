@@ -12,7 +12,7 @@ import html
 from functools import lru_cache
 from pathlib import Path
 from ..errors import UserError
-from ..experiment.report import Analysis, Table, analyse, arms_table, comparisons_table, cost_figure, curves_figure, families_table, forest_figure, load_results, long_rows, milestones_table, plain_primary, readouts_figure, readouts_table, sham_sentence
+from ..experiment.report import Analysis, Table, analyse, arms_table, comparisons_table, cost_figure, curves_figure, families_table, forest_figure, load_results, long_rows, milestones_table, plain_primary, readouts_figure, readouts_table, sham_sentence, untrained_sentence
 from ..paths import data_dir
 
 # %% ../../nbs/lab/playground_experiment.ipynb #1007691b
@@ -54,7 +54,7 @@ def _opening(analysis, moment):
 
 def _arms(analysis, moment): return [_warning(analysis), families_table(analysis, moment), _last_first(comparisons_table(analysis, moment)) if analysis.comparisons[moment] else "", arms_table(analysis)]
 def _training(analysis, moment): return [_warning(analysis), curves_figure(analysis), cost_figure(analysis), milestones_table(analysis)] if analysis.curves else ["No curve along training is stored."]
-def _readouts(analysis, moment): return [_warning(analysis), readouts_figure(analysis, moment), _last_first(readouts_table(analysis, moment))]
+def _readouts(analysis, moment): return [_warning(analysis), untrained_sentence(analysis), readouts_figure(analysis, moment), _last_first(readouts_table(analysis, moment))]
 
 class Worded(Table):
     "A table whose second column is words."
@@ -69,7 +69,7 @@ VIEWS = {"Primary result": _opening, "Arms": _arms, "Along training": _training,
 AT_MOMENT = {"at equal steps": "steps", "at equal FLOPs": "flops"}
 
 # %% ../../nbs/lab/playground_experiment.ipynb #c3086450
-def _stamp(folder): return max((path.stat().st_mtime_ns for path in [folder / "plan.json", folder / "scores.parquet", *folder.glob("*/*/record.json")] if path.is_file()), default=0)
+def _stamp(folder): return max((path.stat().st_mtime_ns for path in [folder / "plan.json", folder / "scores.parquet", folder / "untrained.parquet", *folder.glob("*/*/record.json")] if path.is_file()), default=0)
 
 @lru_cache(maxsize=4)
 def _analysis(folder, stamp): return analyse(load_results(folder), draws=500)
