@@ -83,6 +83,20 @@ def test_resizing_against_pillow():
     np.testing.assert_allclose(squeezed_float(picture, 9) * 255, exact.clip(0, 255), atol=1e-4)
 
 
+def test_a_whole_clip_gives_the_vectors_that_its_own_model_gives(tmp_path):
+    from transformers import CLIPModel
+    from vugen.understand.pretrained import save_pair_miniature
+    save_pair_miniature("clip", tmp_path / "clip-whole")
+    extractor, model = build_extractor(f"clip:{tmp_path / 'clip-whole'}"), CLIPModel.from_pretrained(tmp_path / "clip-whole").eval()
+    side = model.config.vision_config.image_size
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    mean, std = (torch.tensor(value)[:, None, None] for value in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    pixels = (torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255 - mean) / std
+    with torch.no_grad(): expected = model.visual_projection(model.vision_model(pixels[None]).pooler_output)
+    np.testing.assert_allclose(extractor([picture]), torch.nn.functional.normalize(expected, dim=-1), rtol=1e-4, atol=1e-6)
+    assert extractor([picture]).shape == (1, model.config.projection_dim) and not extractor.scores
+
+
 def test_clip_vectors_equal_those_of_transformers(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     torch.manual_seed(0)

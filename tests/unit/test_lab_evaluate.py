@@ -80,7 +80,8 @@ def test_only_statistics(folders):
     ("--images {0}/drawn --reference {0}/real --metrics fid --extractor soup", "soup"), ("--images {0}/drawn --reference {0}/real --metrics density --k 0", "--k"),
     ("--images {0}/drawn --reference {0}/torn --metrics fid", "truncated"), ("--images {0}/drawn --reference {0}/pickle --metrics fid", "truncated"), ("--images {0}/drawn --reference {0}/none --metrics fid", "none"),
     ("--images {0}/drawn --reference {0}/s.safetensors --metrics kid", "--keep-features"), ("--images {0}/drawn --reference {0}/s.safetensors --metrics fid --extractor efficientnet:64", "same extractor"),
-    ("--images {0}/one --reference {0}/real --metrics fid", "at least 2"), ("--images {0}/drawn --reference {0}/real --metrics psnr --suite soup", "soup"), ("{0}/drawn --images {0}/drawn --reference {0}/real", "two folders")])
+    ("--images {0}/one --reference {0}/real --metrics fid", "at least 2"), ("--images {0}/drawn --reference {0}/real --metrics psnr --suite soup", "soup"), ("{0}/drawn --images {0}/drawn --reference {0}/real", "two folders"),
+    ("--images {0}/drawn --reference {0}/real --metrics fid --limit 10", "--limit"), ("{0}/drawn --reference {0}/real --extractor efficientnet:128", "--extractor"), ("{0}/drawn --suite scenes --metrics fid", "--metrics")])
 def test_what_cannot_be_measured_is_one_sentence(folders, words, told, capsys):
     for name in ("empty", "one"): (folders / name).mkdir()
     Image.new("RGB", (40, 36)).save(folders / "one" / "0.png")

@@ -101,11 +101,13 @@ def _clip_tower(name):
     from transformers import AutoConfig, CLIPVisionModelWithProjection
     from vugen.encode.encoders import locate, quiet_transformers
     folder = locate(name)
-    try: kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    try: config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error: raise UserError(f"{name} is no model that transformers knows: give a CLIP's folder or hub id.") from error
-    if not kind.startswith("clip"): raise UserError(f"{name} is a {kind}, not a CLIP: call it encoder:{name}.")
+    if not config.model_type.startswith("clip"): raise UserError(f"{name} is a {config.model_type}, not a CLIP: call it encoder:{name}.")
+    vision = getattr(config, "vision_config", config)
+    vision.projection_dim = config.projection_dim  # a whole CLIP tells it beside its towers; the tower's own is a default that nothing was built by
     try:
-        with quiet_transformers(): model, report = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        with quiet_transformers(): model, report = CLIPVisionModelWithProjection.from_pretrained(folder, config=vision, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except Exception as error: raise UserError(f"{name} has no readable safetensors weights for its config.json ({type(error).__name__}): copy the checkpoint again.") from error
     if report["missing_keys"]: raise UserError(f"{name} lacks the weights {sorted(report['missing_keys'])[0]}: copy the checkpoint again.")
     return model.eval().requires_grad_(False), folder
@@ -119,7 +121,7 @@ def clip(name: str, device="cpu") -> Extractor:  # folder or hub id
     mean, std = (torch.tensor(wants[key])[:, None, None].to(device) for key in ("mean", "std"))
     def network(pixels): return torch.nn.functional.normalize(model((pixels - mean) / std).image_embeds, dim=-1)
     model.to(device)
-    large = (config.hidden_size, config.num_hidden_layers, config.patch_size, config.image_size) == (1024, 24, 14, 336)
+    large = (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.projection_dim, config.patch_size, config.image_size) == (1024, 24, 4096, 768, 14, 336) and Path(name).name == "clip-vit-large-patch14-336"
     return Extractor(Path(name).name, config.image_size, "Pillow bicubic, middle square (CMMD)", middle_square, network, fingerprint(model), {"cmmd": "CMMD"} if large else {}, device)
 
 
@@ -183,10 +185,10 @@ class FeatureStore:
     def save(self):
         "Write what is pending"
         if not self.pending: return
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
         digests, values = map(np.stack, zip(*self.pending))
         try:
-            with atomic_path(self.folder / f"{uuid.uuid4().hex}.safetensors") as temporary: save_file({"digests": digests, "features": values}, temporary)
+            with atomic_path(self.folder / f"{uuid.uuid4().hex}.safetensors") as temporary: temporary.write_bytes(save({"digests": digests, "features": values}))  # by the user's own umask
         except OSError as error: raise UserError(f"{self.folder} cannot be written ({error.strerror}): set VUGEN_CACHE to a folder that can be.") from error
         self.pending = []
 

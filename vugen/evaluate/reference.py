@@ -55,11 +55,11 @@ class ReferenceStatistics:
 
     def save(self, path: str | Path) -> Path:
         "Write a safetensors file, whole or not at all"
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
         tensors = {"mean": self.mean, "covariance": self.covariance, **({} if self.features is None else {"features": self.features})}
         about = {"format": FORMAT, "n": str(self.n), "extractor": self.extractor, "fingerprint": self.fingerprint, "resize": self.resize, "names": json.dumps(self.names)}
         try:
-            with atomic_path(Path(path).expanduser()) as temporary: save_file(tensors, temporary, about)
+            with atomic_path(Path(path).expanduser()) as temporary: temporary.write_bytes(save(tensors, about))  # by the user's own umask: others may read a shared reference
         except OSError as error: raise UserError(f"{path} cannot be written ({error.strerror}): name another file.") from error
         return Path(path)
 

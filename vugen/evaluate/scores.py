@@ -100,7 +100,14 @@ def _scores(metric, name, found, reference, options, progress, balls):  # balls:
 def _few(metric, found, reference, name, options):
     "A note where a covariance is singular, the sample small for an extrapolation, or the subsets of KID nearly the whole"
     few, width, size = min(len(found), reference.n), len(reference.mean), min(options.subset_size, len(found), reference.n)
-    if metric in ("fid", "rfid") and few <= width: return {name: f"{few:,} pictures and {width:,} features: the covariance is singular, so the distance is far too large, and the extrapolated one still leans on the number of pictures; give more than {width:,}."}
+    notes = _no_interval(name, len(found)) if metric in ("fid", "rfid") and options.intervals else {}
+    if metric in ("fid", "rfid") and few <= width: return notes | {name: f"{few:,} pictures and {width:,} features: the covariance is singular, so the distance is far too large, and the extrapolated one still leans on the number of pictures; give more than {width:,}."}
     if metric == "kid" and 2 * size > few: return {f"{name}, mean over subsets": f"Each subset takes {size:,} of {few:,} pictures, so subsets overlap and their spread is too small: give a --subset-size of at most {max(2, few // 2):,}, or more pictures."}
-    return {}
+    return notes
+
+def _no_interval(name, n):
+    "A note where the distance or its extrapolation goes without an interval, or where nothing can be extrapolated"
+    if n >= 100: return {}
+    ends = f"{n} pictures give no interval of it: give at least 100." if n >= 10 else f"{n} pictures are too few to extrapolate from: give at least 10."
+    return {f"{name}∞": ends + (" The distance itself has an interval from 20 on." if n < 20 else "")}
 

@@ -16,8 +16,9 @@ from ..errors import UserError
 from .terminal import Counter, check_number, check_target, pick_device, pictures_in, read_images, report, root_of, run_record
 
 # %% auto #0
-__all__ = ['SUITES', 'Evaluate', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows', 'reference_rows', 'open_reference',
-           'what_can_be', 'set_rows', 'matched', 'pair_rows', 'check_fidelity', 'fidelity']
+__all__ = ['SUITES', 'OF_SETS', 'OF_SUITES', 'Evaluate', 'refuse', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows',
+           'reference_rows', 'open_reference', 'what_can_be', 'set_rows', 'matched', 'pair_rows', 'check_fidelity',
+           'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
 SUITES = {  # name: "module:function" in this room; the function takes the verb and the command and answers as `Evaluate` does
@@ -56,8 +57,11 @@ class Evaluate:
 
     def __call__(self, command):
         check_target(self.json); check_target(self.answers); check_number("--limit", self.limit, 1)
+        sets = bool(self.metrics or self.images or self.save_statistics)
         if self.suite: return run_suite(self, command)
-        if self.metrics or self.images or self.save_statistics: return fidelity(self, command)
+        refuse(self, OF_SUITES, "--suite", "leave it out, or name a suite")
+        if sets: return fidelity(self, command)
+        refuse(self, OF_SETS, "--metrics", "leave it out, or name metrics")
         if not self.folder: raise UserError("There are no pictures: name a folder, as in `vugen evaluate FOLDER --reference FOLDER`.")
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
@@ -68,10 +72,21 @@ class Evaluate:
         report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
 
 
+OF_SETS = ("metrics", "images", "extractor", "save_statistics", "keep_features", "perceptual", "k", "subsets", "subset_size", "intervals")
+OF_SUITES = ("items", "model", "before", "prove_frozen", "answers", "limit")
+
+
+def refuse(verb, names, where, mend):  # Evaluate; fields; the option that they go with
+    "An option that would be passed over in silence is refused."
+    for name in names:
+        if getattr(verb, name) != type(verb).__dataclass_fields__[name].default: raise UserError(f"--{name.replace('_', '-')} goes with {where} alone: {mend}.")
+
+
 def run_suite(verb, command):  # Evaluate
     "Hand a suite to its module."
     if verb.suite not in SUITES: raise UserError(f"There is no suite {verb.suite!r}: choose one of {', '.join(SUITES)}.")
     if verb.folder is None: raise UserError(f"The suite {verb.suite} needs its file or folder: name it first, as in `vugen evaluate FOLDER --suite {verb.suite}`.")
+    refuse(verb, OF_SETS, "--metrics", "leave it out, or leave out --suite")
     module, function = SUITES[verb.suite].split(":")
     return getattr(importlib.import_module(f"vugen.lab.{module}"), function)(verb, command)
 
@@ -113,6 +128,7 @@ def reference_rows(folder, reference, device, size=128):
     "PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, at 128 pixels."
     from vugen.encode.encoders import EfficientNetLite0
     from vugen.evaluate.fidelity import frechet_row, mean_psnr
+    if Path(reference).expanduser().is_file(): raise UserError(f"{reference} is a file: name metrics too, as `--metrics fid`, if it holds statistics of a reference.")
     ours, theirs = pictures_in(folder), pictures_in(reference)
     counter = Counter()
     images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
