@@ -6,7 +6,11 @@
 __all__ = ['CSS', 'INTRO', 'TO_TABS', 'keeps', 'restored', 'taken_back', 'fields_of', 'left_of', 'partial_of', 'build', 'launch']
 
 # %% ../../nbs/lab/playground.ipynb #ee9e0dc2
+import inspect
 import os
+import signal
+import sys
+import threading
 from functools import partial, wraps
 from pathlib import Path
 from ..errors import UserError
@@ -102,6 +106,7 @@ def keeps(
         settings = {name: value for name, value in zip(names, fields) if name != "picture"}
         results = shelf.add(results, tab, answer.title, settings, answer.numbers, answer.picture, answer.shown)
         yield (*answer.outputs, gradio.DownloadButton(value=download_of(results[0]), interactive=True), results, tiles(results))
+    run.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in (*names, "results")])  # names the fields for those who call from a program
     return run
 
 # %% ../../nbs/lab/playground.ipynb #004cac3a
@@ -143,12 +148,10 @@ Does a model understand what it cannot generate? **Bind**: which encoder confuse
 # once the other tab stands: until then the page is short, and the browser still moves it
 TO_TABS = "() => { setTimeout(() => { const bar = document.querySelector('#tabs'); if (innerWidth <= 640 || bar.getBoundingClientRect().top < 0) bar.scrollIntoView(); }, 150); }"
 
-def left_of(number: int):  # of outputs
-    "What a failed question leaves, as a handler: nothing old where it was refused, and what it had drawn already where it was cancelled, which the page reports as a failure too."
+def left_of(number: int):  # of outputs before the download
+    "What a failed question leaves, as a handler: nothing old where it was refused, no download either, and what it had drawn already where it was cancelled, which the page reports as a failure too."
     import gradio
-    def answer(cancelled: bool):
-        left = [gradio.skip() if cancelled else None] * number
-        return left if number > 1 else left[0]
+    def answer(cancelled: bool): return [gradio.skip()] * (number + 1) if cancelled else [*[None] * number, gradio.DownloadButton(interactive=False)]
     return answer
 
 def _wire_actions(gradio, bench, shelf, panels, results, past):
@@ -161,7 +164,7 @@ def _wire_actions(gradio, bench, shelf, panels, results, past):
             event = button.click(polite(keeps(shelf, panel.name, names, partial_of(handler, bench))), [*inputs, results], [*outputs, panel.download, results, past], concurrency_id="models", api_name=name)
             stop.click(None, None, None, js=f"() => {{ window.cancelled = '{name}' }}", api_visibility="private")  # a listener of its own: one that cancels waits for the server first
             stop.click(None, None, None, cancels=[event])
-            event.failure(left_of(len(outputs)), cancelled, outputs, js=f"() => window.cancelled === '{name}'", queue=False, show_progress="hidden", api_visibility="private")
+            event.failure(left_of(len(outputs)), cancelled, [*outputs, panel.download], js=f"() => window.cancelled === '{name}'", queue=False, show_progress="hidden", api_visibility="private")
             asked[name] = event
     return asked
 
@@ -181,8 +184,9 @@ def _wire_picture(gradio, begin, panels, column, drawn, tables, asked):
         return starter.picture, {"caption": starter.captions[0], "seed": 0} if starter.scene else None, *fields_of(starter)
     gallery.select(chosen, None, fields, show_progress="hidden", api_visibility="private")
     draw.click(polite(on_draw), [wanted, layout], fields, show_progress="hidden", api_name="draw")
-    gone = ["''" if type(each).__name__ == "HTML" else "null" for each in tables]
-    picture.change(None, None, tables, js=f"() => [{', '.join(gone)}]", cancels=[asked[name] for name in ("bind", "reconstruct", "classify")], show_progress="hidden")
+    said = [bind.download, panels[1].download, classify.download]
+    gone = ["''" if type(each).__name__ == "HTML" else "null" for each in tables] + ["{__type__: 'update', interactive: false}"] * len(said)
+    picture.change(None, None, [*tables, *said], js=f"() => [{', '.join(gone)}]", cancels=[asked[name] for name in ("bind", "reconstruct", "classify")], show_progress="hidden")
     return fields
 
 def _wire_examples(gradio, panels, examples, fields):
@@ -312,5 +316,7 @@ def launch(
                                  max_file_size=LIMITS["upload"], theme=_theme(gradio), css=CSS, footer_links=[], enable_monitoring=False, mcp_server=False, ssr_mode=False, app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None, "openapi_url": None})
     except OSError as error: raise UserError(f"Port {port or '7860–7959'} cannot be opened ({error}): give another with --port.") from error
     print(f"The playground is at {url} (Ctrl+C ends it)." + ("" if auth or host in ("127.0.0.1", "localhost", "::1") else " Everybody who reaches this machine can use it: set a user and a password with --user and VUGEN_PLAY_PASSWORD."), flush=True)
-    if block: page.block_thread()
+    if block:
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in order, so that visitors' files go
+        page.block_thread()
     return page, url

@@ -135,9 +135,9 @@ def on_generate(bench, prompt, guidance, steps, seed, number):
         images = bench.generate(prompt, number=min(2, number - place), first=place, **settings)
         right += bench.shows(images, prompt)
         made += [enlarged(image) for image in images]
-        tiles = [(image, "✓ as asked" if good else "✗ not as asked") for image, good in zip(made, right)]
+        tiles = [(image, "✓ parser: as asked" if good else "✗ parser: not as asked") for image, good in zip(made, right)]
         yield Answer((tiles, "", {"prompt": prompt, "pictures": list(made)}))
-    told = f"<b>{html.escape(prompt)}</b>, seed {settings['seed']}: the scene parser finds everything asked for, and nothing else, in {sum(right)} of {len(right)}."
+    told = f"<b>{html.escape(prompt)}</b>, seed {settings['seed']}: the scene parser, a network that errs too, finds everything asked for, and nothing else, in {sum(right)} of {len(right)}."
     numbers = {"as_asked": right, "sha256": [hashlib.sha256(each.tobytes()).hexdigest() for each in made]}
     yield Answer((tiles, f"<p>{told}</p>", {"prompt": prompt, "pictures": made}), numbers, prompt, None, tuple(made))
 
@@ -247,7 +247,7 @@ def bind_tab(gradio, bench, picture, drawn, begin):
 
 def reconstruct_tab(gradio, bench, picture, drawn):
     "Original beside two reconstructions."
-    gradio.Markdown("What does the encoder's latent space **keep**? The same number of channels, once by PCA, once by the reducer learned with the decoder. A larger r keeps fewer.")
+    gradio.Markdown("What does the latent space of `contrastive`, whose tokens the generator uses too, **keep**? The same number of channels, once by PCA, once by the reducer learned with the decoder. A larger r keeps fewer.")
     shown = examples_of(gradio, "Reconstruct")
     offered = {str(r): k for r, k in ratios(bench.autoencoders["learned"].reducer).items()}
     ratio = as_it_came(gradio.Radio([(f"{r} ({k} number{'s' * (k > 1)} a patch)", r) for r, k in offered.items()], value=next(iter(offered)), label="Reduction ratio r", elem_id="ratio"))

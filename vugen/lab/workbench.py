@@ -166,15 +166,14 @@ def with_foils(
     caption: str,  # as typed
     scene: Scene | None = None,  # of the picture, where it was drawn
 ) -> tuple[list[str], list[str]]:
-    "The caption followed by its foils, and the kind of each; a caption outside the grammar stands alone. An added attribute is guessed: it needs the scene, which says that the guess is wrong."
+    "The caption followed by its foils, and the kind of each; a caption outside the grammar stands alone. No attribute is added: 'a striped red circle' is a word more that most checkpoints have never read."
     caption = caption.strip()
     if not caption: raise UserError("The caption is empty: write one such as 'a red circle left of a blue square'.")
     try: foils = caption_foils(caption)
     except UserError: return [caption], ["caption"]
     kept = {}
     for kind, foil in foils.items():
-        guessed = kind == "add-attribute" and scene is None
-        if not guessed and not true_of(scene, foil) and foil not in kept.values(): kept[kind] = foil  # two kinds of edit may write the same foil
+        if kind != "add-attribute" and not true_of(scene, foil) and foil not in kept.values(): kept[kind] = foil  # two kinds of edit may write the same foil
     return [caption, *kept.values()], ["caption", *kept]
 
 # %% ../../nbs/lab/workbench.ipynb #50a68d3f
