@@ -243,7 +243,7 @@ def test_every_panel_can_be_read_and_seen(page, title):
 def test_bind_scores_a_caption_and_its_foils(page):
     ask(page, "Bind")
     text = page.locator("#verdict").inner_text()
-    assert "attributes exchanged" in text and "best" in text and "one attribute more" in text and "unit of its own" in text and "swap-" not in text
+    assert "attributes exchanged" in text and "best" in text and "one thing more" in text and "one attribute more" not in text and "unit of its own" in text and "swap-" not in text
     named = page.locator("#verdict td[data-scorer=contrastive]").first.evaluate("e => getComputedStyle(e, '::before').content") if page.viewport_size["width"] < 500 else text
     assert "contrastive" in named
     choose(page, "an emoji scene")
@@ -267,6 +267,7 @@ def test_another_picture_takes_the_verdicts_on_the_last_one_along(page):
     choose(page, "two of a kind")
     wait_for(page, "caption", "a green star above a pink star")
     all_gone()
+    for panel in ("bind", "reconstruct", "classify"): page.locator(f"#json-{panel}[disabled]").wait_for(state="attached", timeout=WAIT)
     ask(page, "Bind")
     field(page, "wanted").fill("a cat above a car")
     page.get_by_role("button", name="Draw").click()
@@ -292,6 +293,7 @@ def test_a_caption_that_the_scene_contradicts_is_refused(page):
     page.get_by_role("button", name="Score", exact=True).click()
     assert "does not show" in message(page)
     page.wait_for_function("!document.querySelector('#verdict table')", timeout=WAIT)
+    page.locator("#json-bind[disabled]").wait_for(timeout=WAIT)  # that of the answer before would be another one's
 
 
 @pytest.mark.browser
@@ -562,6 +564,12 @@ def test_an_upload_that_is_no_picture_is_refused_in_a_sentence(server, drawn, na
     path = server.upload(name, content())
     for good, said in (bind(server, path), server.ask("reconstruct", as_file(path), "16", 4, 0), server.ask("classify", as_file(path), "a dog\na cat", ENCODERS)): assert not good and one_sentence(said, word)
     assert bind(server, drawn)[0]
+
+
+def test_programs_find_the_fields_under_their_names(server):
+    with urllib.request.urlopen(f"{server.address}/gradio_api/info", timeout=60) as answer: told = json.load(answer)["named_endpoints"]
+    assert {"prompt", "guidance", "steps", "seed"} <= {each["parameter_name"] for each in told["/generate"]["parameters"]} and told["/generate"]["parameters"][0]["parameter_name"] == "prompt"
+    assert not any(each["parameter_name"] == "bench" for endpoint in told.values() for each in endpoint["parameters"])
 
 
 def test_an_uploaded_drawing_with_scripts_is_not_served_as_a_page(server):
