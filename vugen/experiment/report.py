@@ -18,23 +18,21 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .statistics import CHANCE, FAMILY_LEVELS, KINDS, LEVELS, POWER_ITEMS, Comparison, Interval, Scores, clustered_error, compare, curve, detectable, grid, holm, interval, join, lag, milestones, paired, paired_areas, power, power_rows, read_scores, readout_row, told
+from .statistics import CHANCE, FAMILY_LEVELS, KINDS, LEVELS, POWER_ITEMS, UNTRAINED, Comparison, Interval, Scores, clustered_error, compare, curve, detectable, grid, holm, interval, join, lag, milestones, paired, paired_areas, power, power_rows, read_scores, readout_row, told
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['UNTRAINED', 'AT', 'NO_PRIMARY', 'MOMENTS', 'SHAM', 'VUGEN', 'RULE', 'METHODS', 'Results', 'load_untrained',
-           'load_results', 'has_primary', 'primary_cell', 'deviations', 'compare_arms', 'identical', 'verdict_of',
-           'sentence_of', 'primary_result', 'all_comparisons', 'same_models', 'must_agree', 'heads_at_equal_flops',
-           'reduction_steps', 'begun', 'split', 'Cell', 'all_cells', 'Analysis', 'pair_cells', 'area_rows', 'analyse',
-           'long_rows', 'Table', 'arms_table', 'comparisons_table', 'heads_table', 'pair_table', 'families_table',
-           'metrics_table', 'suites_table', 'readouts_table', 'untrained_sentence', 'milestones_table', 'areas_table',
-           'mcnemar_table', 'power_table', 'planned_power', 'Picture', 'curves_figure', 'cost_figure', 'forest_figure',
+__all__ = ['AT', 'NO_PRIMARY', 'MOMENTS', 'SHAM', 'VUGEN', 'RULE', 'METHODS', 'Results', 'load_untrained', 'load_results',
+           'has_primary', 'primary_cell', 'deviations', 'compare_arms', 'identical', 'verdict_of', 'sentence_of',
+           'primary_result', 'all_comparisons', 'same_models', 'must_agree', 'heads_at_equal_flops', 'reduction_steps',
+           'begun', 'split', 'Cell', 'all_cells', 'Analysis', 'pair_cells', 'area_rows', 'analyse', 'long_rows',
+           'Table', 'arms_table', 'comparisons_table', 'heads_table', 'pair_table', 'families_table', 'metrics_table',
+           'suites_table', 'readouts_table', 'untrained_sentence', 'milestones_table', 'areas_table', 'mcnemar_table',
+           'power_table', 'planned_power', 'Picture', 'curves_figure', 'cost_figure', 'forest_figure',
            'readouts_figure', 'path_figure', 'power_figure', 'sham_sentence', 'other_moment', 'pilot_table', 'limits',
            'page_blocks', 'page_markdown', 'page_html', 'plain_primary', 'report']
 
 # %% ../../nbs/experiment/report.ipynb #84b8d5ed
-UNTRAINED = "untrained"  # in place of an arm: encoders that took no step, read by the probes alone
-
 @dataclass(frozen=True)
 class Results:
     "What a run has left so far"

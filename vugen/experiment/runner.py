@@ -23,6 +23,7 @@ from .arms import PRETRAINING, make_arm
 from .items import OUTCOMES, SCORED, make_items, outcomes
 from .plans import load_plan_vae, moments, plan_digest, read_plan, spent_at, training_batch, write_plan
 from .readouts import fit_readouts, readout_scores
+from .statistics import UNTRAINED
 from ..models.layers import count_parameters
 from ..models.saving import load_weights
 from ..models.text import WordTokenizer, scene_words
@@ -31,8 +32,8 @@ from ..train.loop import default_state, read_log, run, seed_everything, snapshot
 from ..train.presets import Recipe
 
 # %% auto #0
-__all__ = ['COLUMNS', 'UNTRAINED', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm',
-           'items_of', 'score_arm', 'write_scores', 'read_scores', 'score_moment', 'score_untrained', 'run_untrained',
+__all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
+           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'score_untrained', 'run_untrained',
            'keep_untrained', 'finish_job', 'run_job', 'run_plan', 'signals_raised', 'collect', 'restore', 'curves',
            'pilot_record', 'work_alone', 'main']
 
@@ -263,8 +264,6 @@ def score_moment(here, stage, name, seed, step, kinds, device="cpu"):
     return write_scores(rows, path)
 
 # %% ../../nbs/experiment/runner.ipynb #07404b2d
-UNTRAINED = "untrained"
-
 def score_untrained(
     plan: dict,
     seed: int,

@@ -18,17 +18,18 @@ from ..evaluate.intervals import student_quantile, student_share, wilson
 from ..paths import atomic_path
 
 # %% auto #0
-__all__ = ['CHANCE', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', 'DRAWS', 'POWER_SEEDS', 'POWER_ITEMS', 'LEVELS',
+__all__ = ['CHANCE', 'UNTRAINED', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', 'DRAWS', 'POWER_SEEDS', 'POWER_ITEMS', 'LEVELS',
            'FAMILY_LEVELS', 'Scores', 'make_scores', 'join', 'write_scores', 'read_scores', 'simulate_cell',
            'simulate_scores', 'simulate_plan', 'Grid', 'grid', 'Components', 'mean_squares', 'components',
            'standard_error', 'bootstrap_draws', 'Interval', 'interval', 'paired', 'tail', 'two_sided', 'mcnemar',
            'discordant', 'cohen_h', 'odds_ratio', 'seed_test', 'equivalence', 'holm', 'Comparison', 'compare',
            'adjusted', 'clustered_error', 'planned_error', 'beyond', 'power', 'detectable', 'power_rows', 'Curve',
            'curve', 'rising', 'reach', 'area', 'curve_draws', 'wide_tail', 'drawn_interval', 'milestones', 'told',
-           'areas', 'shared_span', 'paired_areas', 'lag', 'readout_verdict', 'readout_row']
+           'shared_span', 'paired_areas', 'lag', 'readout_verdict', 'readout_row']
 
 # %% ../../nbs/experiment/statistics.ipynb #faf920dd
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "match": 1 / 2, "across": 1 / 6}  # of a scorer that guesses
+UNTRAINED = "untrained"  # in place of an arm: encoders that took no step, read by the probes alone
 WORDS = ("arm", "moment", "readout", "suite", "family", "kind")
 NUMBERS = {"seed": "int16", "step": "int32", "samples": "int64", "gflops": "float64", "item": "int32", **dict.fromkeys(CHANCE, "uint8")}
 
@@ -670,17 +671,6 @@ def told(
     return f"not reached by {row['last']:,.0f}" if math.isinf(value) else f"by {value:,.0f}" if value <= row["first"] else f"{value:,.0f}"
 
 # %% ../../nbs/experiment/statistics.ipynb #d59ff68a
-def areas(
-    each: Curve,
-    low: float | None = None, # range of samples; default all
-    high: float | None = None,
-    axis: str = "samples", # or "gflops"
-    draws: int = 500,
-) -> tuple[float, float, float]: # value, low, high
-    "Area under the curve with its interval"
-    places = getattr(each, axis)
-    return drawn_interval(area(places, each.values.mean((1, 2)), low, high), area(places, curve_draws(each, draws), low, high), len(each.seeds))
-
 def shared_span(
     first: Curve,
     second: Curve,
