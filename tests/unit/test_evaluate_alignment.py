@@ -73,12 +73,12 @@ def test_lists_of_pictures_and_prompts_in_every_form(tmp_path):
     rows = [{"image": name, "prompt": prompt} for name, prompt in wanted]
     (tmp_path / "a.json").write_text(json.dumps(rows)); (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.csv").write_text("file_name,caption\n" + "\n".join(f'{name},"{prompt}"' for name, prompt in wanted))
-    for name in ("a.json", "a.jsonl", "a.csv"): assert [(each.key, each.prompt) for each in prompted_pictures(folder, tmp_path / name)] == wanted
+    for name in ("a.json", "a.jsonl", "a.csv"): assert [(each.key, each.prompt) for each in prompted_pictures(folder, tmp_path / name)[0]] == wanted
     with pytest.raises(UserError, match="does not tell which picture"): prompted_pictures(folder)
     for name, prompt in wanted: (folder / name).with_suffix(".txt").write_text(prompt + "\n")
-    assert [(each.key, each.prompt) for each in prompted_pictures(folder)] == wanted
+    assert [(each.key, each.prompt) for each in prompted_pictures(folder)[0]] == wanted
     (folder / "generate.json").write_text(json.dumps({"run": {}, "rows": rows[:2]}))
-    assert len(prompted_pictures(folder)) == 2
+    assert len(prompted_pictures(folder)[0]) == 2
 
 
 @pytest.mark.parametrize("name,text,said", [("a.json", '{"rows": 3', "no complete list"), ("a.json", "3", "no list"), ("a.jsonl", '{"image": "a.png"}', "names no prompt"), ("a.csv", "a,b\n1,2\n", "names no picture")])
@@ -87,11 +87,36 @@ def test_a_broken_list_is_named(tmp_path, name, text, said):
     with pytest.raises(UserError, match=said): prompted_pictures(save(tmp_path / "drawn"), tmp_path / name)
 
 
+def test_one_spoiled_line_spoils_no_other(tmp_path):
+    folder, rows = save(tmp_path / "drawn"), [json.dumps({"image": f"{number}.png", "prompt": prompt}) for number, prompt in enumerate(PROMPTS)]
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], rows[1][:-5], json.dumps({"image": "2.png"}), rows[3]]))
+    shots, notes = prompted_pictures(folder, tmp_path / "a.jsonl")
+    assert [each.key for each in shots] == ["0.png", "3.png"] and notes["prompts left out"].startswith("2 cannot") and "entry 2, is no JSON" in notes["prompts left out"]
+
+
+def test_prompts_beside_pictures_may_be_spoiled(tmp_path):
+    folder = save(tmp_path / "drawn")
+    for name, content in (("0", b"a star"), ("1", b"\xff\xfe\x00"), ("2", b" \n")): (folder / f"{name}.txt").write_bytes(content)
+    shots, notes = prompted_pictures(folder)
+    assert [(each.key, each.prompt) for each in shots] == [("0.png", "a star")] and "1.txt cannot be read as text" in notes["prompts left out"] and notes["prompts left out"].startswith("2 ")
+    (folder / "0.txt").unlink()
+    with pytest.raises(UserError, match="1.txt cannot be read"): prompted_pictures(folder)
+
+
+def test_an_empty_line_of_geneval_is_named(tmp_path):
+    for number, text in enumerate((json.dumps({"prompt": "a photo of a star"}), "")):
+        save_in = tmp_path / f"{number:05d}" / "samples"
+        save_in.mkdir(parents=True)
+        PICTURES[number].save(save_in / "00000.png"); (save_in.parent / "metadata.jsonl").write_text(text)
+    shots, notes = prompted_pictures(tmp_path)
+    assert [each.key for each in shots] == ["00000/samples/00000.png"] and "00001/metadata.jsonl names no prompt" in notes["prompts left out"]
+
+
 def test_a_folder_is_scored_and_what_cannot_be_read_is_named(tmp_path, clip):
     folder = save(tmp_path / "drawn")
     (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"image": f"{number}.png", "prompt": prompt}) for number, prompt in enumerate(PROMPTS)))
-    shots, store = prompted_pictures(folder, tmp_path / "a.jsonl"), JudgementStore(tmp_path / "answers.parquet")
+    shots, store = prompted_pictures(folder, tmp_path / "a.jsonl")[0], JudgementStore(tmp_path / "answers.parquet")
     rows, notes = run_clip_score(shots, clip, store)
     kept = [0, 1, 3]
     wanted = clip_score(cosines(clip, [PICTURES[place] for place in kept], [PROMPTS[place] for place in kept]), 100).mean().item()
@@ -113,7 +138,7 @@ def test_four_samples_in_a_file_are_four_pictures(tmp_path, clip):
     for place, part in enumerate(parts): board.paste(part, (32 * (place % 2), 32 * (place // 2)))
     board.save(tmp_path / "one.png")
     (tmp_path / "generate.json").write_text(json.dumps({"run": {"settings": {"suite": "dpg", "samples": 4}}, "rows": [{"image": "one.png", "prompt": PROMPTS[0]}]}))
-    rows, _ = run_clip_score(prompted_pictures(tmp_path), clip, JudgementStore(tmp_path / "a.parquet"))
+    rows, _ = run_clip_score(prompted_pictures(tmp_path)[0], clip, JudgementStore(tmp_path / "a.parquet"))
     assert rows[0]["n"] == 4 and rows[0]["value"] == pytest.approx(clip_score(cosines(clip, parts, PROMPTS[:1] * 4), 100).mean().item(), rel=1e-6)
 
 
@@ -124,4 +149,4 @@ def test_a_score_that_is_no_number_is_an_error(tmp_path):
         def encode_text(self, captions): return torch.ones(len(captions), 2)
     save(tmp_path / "drawn")
     (tmp_path / "a.jsonl").write_text(json.dumps({"image": "0.png", "prompt": "a star"}))
-    with pytest.raises(UserError, match="broken gave a score that is not a number for 0.png"): run_clip_score(prompted_pictures(tmp_path / "drawn", tmp_path / "a.jsonl"), Broken(), JudgementStore(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match="broken gave a score that is not a number for 0.png"): run_clip_score(prompted_pictures(tmp_path / "drawn", tmp_path / "a.jsonl")[0], Broken(), JudgementStore(tmp_path / "a.parquet"))

@@ -90,6 +90,7 @@ def test_distances_of_two_extractors_do_not_share_an_axis():
 def test_the_footer_tells_extractor_n_and_seeds():
     text = footer_of([row("VUGEN", 1, FRECHET, 1.0, spread=None, n=200), row("VUGEN", 1, "all", 1.0)], {"scale": "tiny scale", "seeds": [0, 1]})
     assert all(part in text for part in ("tiny scale", FRECHET, "n = 200", "seeds 0, 1", "95% intervals")) and footer_of([], {}) == ""
+    assert "spread: mean distance, some-network" in footer_of([row("VUGEN", 1, "mean distance, some-network", 1.0)], {})
 
 
 # ---- the front --------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,11 @@ def test_folders_and_what_is_missing(tmp_path):
     (folder / "00000" / "metadata.jsonl").unlink()
     assert read_folder(folder, items)[0][0].item == items[0]
     with pytest.raises(UserError, match="no metadata.jsonl"): read_folder(folder)
+    (folder / "00000" / "metadata.jsonl").write_text('{"tag": "colors", ')
+    for known in (None, items):
+        shots, notes = read_folder(folder, known)
+        assert len(shots) == 5 and {shot.number for shot in shots} == {1, 2, 3} and "1 cannot be read" in notes["prompts left out"] and "00000/metadata.jsonl" in notes["prompts left out"]
+    assert notes["missing pictures"].startswith("5 of 10")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="GenEval's layout"): read_folder(tmp_path / "empty")
 

@@ -103,6 +103,10 @@ def test_the_bootstrap_over_groups_has_the_standard_error_of_group_means():
     assert abs((found.high - found.low) / (2 * 1.96 * error) - 1) < 0.08 and found.value == pytest.approx(values.mean())
 
 
+def test_one_group_tells_nothing_of_others():
+    assert clustered_mean([0.2, 0.4], ["a", "a"]) == (pytest.approx(0.3), None, None, 2) and str(clustered_mean([0.5], ["a"])) == "0.500 (n=1)"
+
+
 def test_the_mean_of_shares_is_as_wide_as_theory_has_it():
     each = [wilson(50, 100)] * 4
     half = (each[0].high - each[0].low) / 2

@@ -25,7 +25,7 @@ def test_the_parser_is_judged_on_what_is_held_out(tmp_path, monkeypatch):
     monkeypatch.setattr(scene_parser.SceneParser, "from_pretrained", lambda folder: Parser())
     monkeypatch.setattr(scene_parser, "prompt_accuracy", lambda *rest, **columns: [])
     monkeypatch.setattr(scene_parser, "parser_accuracy", lambda parser, world, *rest, **columns: asked.append(world) or [])
-    monkeypatch.setattr(evaluate, "read_images", lambda paths, size, progress=None: torch.zeros(len(paths), 3, size, size))
+    monkeypatch.setattr(evaluate, "readable_images", lambda files, size, progress=None: (torch.zeros(len(files), 3, size, size), list(files), {}))
     evaluate.prompt_rows(tmp_path, {"one.png": "a red circle"}, tmp_path, "cpu")
     assert asked == [World(held_out=("red circle",), split="test")]
 
@@ -61,11 +61,40 @@ def test_a_folder_against_a_folder_and_against_its_statistics(folders, capsys):
     assert str(folders) not in (folders / "one.json").read_text().replace(str(folders / "drawn" / "torn.png"), "")
 
 
+def test_the_short_form_measures_what_can_be_read(folders, capsys):
+    for folder in ("drawn", "real"): (folders / folder / "0.png").write_bytes(b"\x89PNG\r\n")
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real", "--json", folders / "short.json") == 0
+    found, told = {row["metric"]: row for row in rows_of(folders / "short.json")}, capsys.readouterr().out
+    assert "1 of 24 pictures" in told and "1 of 30 reference pictures" in told and found["PSNR"]["n"] == 23
+    frechet = found["Fréchet-efficientnet-lite0/16"]
+    assert (frechet["n"], frechet["n_reference"], frechet["reference"], frechet["resize"]) == (23, 29, "real", "middle square, 128×128")
+    for path in (folders / "drawn").iterdir(): path.rename(path.with_stem(f"other-{path.stem}"))
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real", "--json", folders / "short.json") == 0
+    assert [row["metric"] for row in rows_of(folders / "short.json")] == ["Fréchet-efficientnet-lite0/16"] and "no two files have the same name" in capsys.readouterr().out
+    for path in (folders / "drawn").iterdir(): path.write_bytes(b"no picture")
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real") == 2 and "can be read" in capsys.readouterr().err
+
+
+def test_a_spoiled_drawing_is_left_out_of_its_prompts(folders, capsys):
+    names = [f"{place}.png" for place in range(3)]
+    (folders / "drawn" / "generate.json").write_text(json.dumps({"run": {}, "rows": [{"image": name, "prompt": prompt} for name, prompt in zip(names, ("a red circle", "a blue square", "a red star"))]}))
+    (folders / "drawn" / names[1]).write_bytes(b"no picture")
+    assert call("evaluate", folders / "drawn", "--json", folders / "rows.json") == 0
+    assert "1 of 3 generated pictures" in capsys.readouterr().out and {row["n"] for row in rows_of(folders / "rows.json") if row["images"] == "generated"} == {2}
+
+
+def test_one_pair_has_no_interval(folders):
+    for path in list((folders / "drawn").iterdir())[1:]: path.unlink()
+    assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "psnr", "--json", folders / "rows.json") == 0
+    row = rows_of(folders / "rows.json")[0]
+    assert (row["n"], row["low"], row["high"], row["reference"]) == (1, None, None, "real")
+
+
 def test_reconstructions(folders, capsys):
     Image.new("RGB", (9, 9)).save(folders / "drawn" / "29.png")
     assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "rfid", "psnr", "ssim", "lpips", "--extractor", "efficientnet:32", "--json", folders / "rows.json") == 0
     found = {row["metric"]: row for row in rows_of(folders / "rows.json")}
-    assert found["PSNR"]["n"] == 24 and found["reconstruction Fréchet-EfficientNet-Lite0"]["n_reference"] == 25 and "EfficientNet-Lite0 feature distance" in found and "LPIPS" not in "".join(found)
+    assert found["PSNR"]["n"] == 24 and found["reconstruction Fréchet-EfficientNet-Lite0@32"]["n_reference"] == 25 and "EfficientNet-Lite0 feature distance" in found and "LPIPS" not in "".join(found)
     assert "1 pairs" in (told := capsys.readouterr().out) and "29.png has 9×9" in told
 
 
@@ -102,16 +131,16 @@ def test_what_few_pictures_allow_is_measured_and_the_rest_is_told(folders, capsy
     words = ("evaluate", "--images", folders / "few", "--reference", folders / "real", "--extractor", "efficientnet:32", "--subsets", 3, "--json", folders / "rows.json")
     assert call(*words) == 0
     found, told = {row["metric"].split("-")[0] for row in rows_of(folders / "rows.json")}, capsys.readouterr().out
-    assert found == {"Fréchet", "kernel"} and "density-EfficientNet-Lite0: It is not measured: k is 5 and there are 4 pictures" in told
+    assert found == {"Fréchet", "kernel"} and "density-EfficientNet-Lite0@32: It is not measured: k is 5 and there are 4 pictures" in told
     assert call(*words, "--metrics", "psnr", "rfid", "density") == 0
-    assert {row["metric"] for row in rows_of(folders / "rows.json")} >= {"PSNR", "reconstruction Fréchet-EfficientNet-Lite0"} and "2 of 4 pictures: real holds no original" in capsys.readouterr().out
+    assert {row["metric"] for row in rows_of(folders / "rows.json")} >= {"PSNR", "reconstruction Fréchet-EfficientNet-Lite0@32"} and "2 of 4 pictures: real holds no original" in capsys.readouterr().out
 
 
 def test_a_statistics_file_without_features_still_serves_for_fid(folders, capsys):
     assert call("evaluate", "--reference", folders / "real", "--extractor", "efficientnet:32", "--save-statistics", folders / "s.safetensors") == 0
     assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "s.safetensors", "--extractor", "efficientnet:32", "--metrics", "kid", "fid", "psnr", "rfid", "--json", folders / "rows.json") == 0
     told = capsys.readouterr().out
-    assert {row["metric"] for row in rows_of(folders / "rows.json")} == {"Fréchet-EfficientNet-Lite0", "Fréchet-EfficientNet-Lite0∞"} and "--keep-features" in told and "is no folder: PSNR" in told
+    assert {row["metric"] for row in rows_of(folders / "rows.json")} == {"Fréchet-EfficientNet-Lite0@32", "Fréchet-EfficientNet-Lite0@32∞"} and "--keep-features" in told and "is no folder: PSNR" in told
 
 
 def test_every_extractor_is_loaded_before_the_first_is_used(folders, capsys):

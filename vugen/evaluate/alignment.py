@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -78,16 +79,21 @@ class PromptedPicture:
 NAMES = {"picture": ("image", "file_name", "filename", "picture", "path"), "prompt": ("prompt", "caption", "text")}
 
 def _field(row, kind, where):
+    if isinstance(row, UserError): raise UserError(f"{where} {row}")
     name = next((name for name in NAMES[kind] if isinstance(row, dict) and isinstance(row.get(name), str) and row[name].strip()), None)
     if name is None: raise UserError(f"{where} names no {kind}: give it as {', '.join(NAMES[kind])}.")
     return row[name].strip()
+
+def _line(line):
+    try: return json.loads(line)
+    except json.JSONDecodeError as error: return UserError(f"is no JSON ({error.msg}): write one object a line.") # one spoiled line spoils no other
 
 def _rows(path):
     try: text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error: raise UserError(f"{path} cannot be read as text ({error}): name a list of pictures and prompts.") from error
     try:
         if path.suffix == ".csv": return list(csv.DictReader(io.StringIO(text, newline="")))
-        if path.suffix == ".jsonl": return [json.loads(line) for line in text.split("\n") if line.strip()]
+        if path.suffix == ".jsonl": return [_line(line) for line in text.split("\n") if line.strip()]
         found = json.loads(text)
     except (json.JSONDecodeError, csv.Error) as error: raise UserError(f"{path} is no complete list of pictures and prompts ({error}): write .jsonl, .json or .csv.") from error
     rows = found["rows"] if isinstance(found, dict) and isinstance(found.get("rows"), list) else found
@@ -95,42 +101,56 @@ def _rows(path):
     return rows
 
 # %% ../../nbs/evaluate/alignment.ipynb #4a897831
+def _kept(makers): # functions that answer with pictures or raise; all pictures, and what is wrong with the others
+    found, wrong = [], []
+    for make in makers:
+        try: found += make()
+        except UserError as error: wrong.append(str(error))
+    return found, wrong
+
 def _listed(folder, path): # pictures of a list
-    rows = [(_field(row, "picture", f"{path}, entry {number}"), _field(row, "prompt", f"{path}, entry {number}")) for number, row in enumerate(_rows(path), 1)]
-    return [PromptedPicture(folder / name, prompt, name) for name, prompt in rows]
+    def entry(row, where):
+        name, prompt = _field(row, "picture", where), _field(row, "prompt", where)
+        return [PromptedPicture(folder / name, prompt, name)]
+    return _kept(partial(entry, row, f"{path}, entry {number},") for number, row in enumerate(_rows(path), 1))
 
 def _generated(folder): # what `vugen generate` wrote; DPG-Bench's files hold four samples each
     path = folder / "generate.json"
-    found = _listed(folder, path)
+    found, wrong = _listed(folder, path)
     try: settings = json.loads(path.read_text())["run"]["settings"]
     except (ValueError, KeyError, TypeError): settings = {}
-    if not (isinstance(settings, dict) and settings.get("suite") == "dpg" and settings.get("samples") == 4): return found
-    return [PromptedPicture(each.path, each.prompt, f"{each.key}/{sample}", sample) for each in found for sample in range(4)]
+    if not (isinstance(settings, dict) and settings.get("suite") == "dpg" and settings.get("samples") == 4): return found, wrong
+    return [PromptedPicture(each.path, each.prompt, f"{each.key}/{sample}", sample) for each in found for sample in range(4)], wrong
 
 def _foldered(folder): # GenEval's layout
-    for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
-        prompt = _field(_rows(path)[0], "prompt", str(path))
-        for sample in sorted((path.parent / "samples").glob("[0-9]*.png")): yield PromptedPicture(sample, prompt, sample.relative_to(folder).as_posix())
+    def pictures(path):
+        prompt = _field((_rows(path) or [None])[0], "prompt", f"{path}")
+        return [PromptedPicture(sample, prompt, sample.relative_to(folder).as_posix()) for sample in sorted((path.parent / "samples").glob("[0-9]*.png"))]
+    return _kept(partial(pictures, path) for path in sorted(folder.glob("[0-9]*/metadata.jsonl")))
 
 def _beside(folder): # NAME.txt with the prompt beside NAME.png
-    for path in visible(folder, "*.txt"):
+    def picture(path):
         found = next((path.with_suffix(suffix) for suffix in (".png", ".jpg", ".jpeg", ".webp") if path.with_suffix(suffix).is_file()), None)
-        if found: yield PromptedPicture(found, " ".join(path.read_text(encoding="utf-8").split()), found.name)
+        if not found: return []
+        try: prompt = " ".join(path.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as error: raise UserError(f"{path} cannot be read as text ({error}): write the prompt of {found.name} there.") from error
+        if not prompt: raise UserError(f"{path} is empty: write what {found.name} was drawn for.")
+        return [PromptedPicture(found, prompt, found.name)]
+    return _kept(partial(picture, path) for path in visible(folder, "*.txt"))
 
 def prompted_pictures(
     folder: str | Path,
     items: str | Path | None = None, # an own list of pictures and prompts
-) -> list[PromptedPicture]:
-    "Pictures of a folder with the prompts they were drawn for"
+) -> tuple[list[PromptedPicture], dict[str, str]]: # pictures, notes
+    "Pictures of a folder with the prompts they were drawn for, and in words which cannot be told"
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
-    if items: found = _listed(folder, Path(items).expanduser())
-    elif (folder / "generate.json").is_file(): found = _generated(folder)
-    else: found = list(_foldered(folder)) or list(_beside(folder))
+    if items: found, wrong = _listed(folder, Path(items).expanduser())
+    elif (folder / "generate.json").is_file(): found, wrong = _generated(folder)
+    else: found, wrong = next((told for told in (_foldered(folder), _beside(folder)) if any(told)), ([], []))
+    if wrong and not found: raise UserError(wrong[0])
     if not found: raise UserError(f"{folder} does not tell which picture was drawn for which prompt: name a list with --items (.jsonl, .json or .csv with image and prompt), or put NAME.txt beside NAME.png.")
-    empty = next((each.key for each in found if not each.prompt), None)
-    if empty: raise UserError(f"the prompt of {empty} is empty: write what the picture was drawn for.")
-    return found
+    return found, {"prompts left out": f"{len(wrong)} cannot be read, with their pictures; the rest is scored. The first: {wrong[0]}"} if wrong else {}
 
 # %% ../../nbs/evaluate/alignment.ipynb #7991c8ad
 def _judge_cosines(matcher, prefix):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..data.images import load_image
 from ..errors import UserError
-from .judgements import Job, JudgementStore, clustered_mean, digest_of, judged
+from .judgements import Job, JudgementStore, clustered_mean, clustered_share, digest_of, judged
 
 # %% auto #0
 __all__ = ['COLUMNS', 'NEEDED', 'WANTS', 'SAMPLES', 'ANCHORS', 'Question', 'DPGItem', 'read_table', 'read_dpg', 'check_order',
@@ -197,7 +197,7 @@ def dpg_rows(
     published: bool = False, # categories as the published loop has them
     **columns, # further columns of every row
 ) -> list[dict]: # "all", then broad and detailed categories
-    "Scores with 95% bootstrap intervals over pictures"
+    "Scores with 95% intervals over pictures: Wilson's for shares of yes, by bootstrap for means"
     answers, known = {}, {item.key: item for item in items}
     for record in records: answers.setdefault((record["item"], record["sample"]), {})[record["proposition_id"]] = record["answer"]
     scored = [(known[key], sample, given, question_scores(known[key], given)) for (key, sample), given in answers.items()]
@@ -205,17 +205,23 @@ def dpg_rows(
     for item, _, _, scores in scored: pictures.setdefault(item.key, []).append(sum(scores.values()) / len(scores))
     means = {key: sum(each) / len(each) for key, each in pictures.items()}
     columns = {"images": "generated", "suite": "dpg", "rule": "published loop" if published else "every row", **columns}
-    whole = {**columns, "category": "all", "metric": "score", **clustered_mean(list(means.values()), list(means))._asdict(), "anchors": ANCHORS}
+    whole = {**columns, "category": "all", "metric": "score", **_share_or_mean(list(means.values()), list(means))._asdict(), "anchors": ANCHORS}
     last = max(sample for _, sample, _, _ in scored)
     told = [(item.key, question, given[question.number] if published else scores[question.number]) for item, sample, given, scores in scored if not published or sample == last for question in item.questions]
     return [whole, *_category_rows(told, "yes before the rule, last sample" if published else "score", columns)]
+
+def _share_or_mean(values, keys): # resampled answers that are all alike would have an interval without width; Wilson's has one
+    if not set(values) <= {0.0, 1.0}: return clustered_mean(values, keys)
+    groups = {}
+    for key, value in zip(keys, values): groups.setdefault(key, []).append(value)
+    return clustered_share([(sum(each), len(each)) for each in groups.values()])
 
 def _category_rows(told, metric, columns):
     rows = []
     for level in ("broad", "detailed"):
         groups = {}
         for key, question, score in told: groups.setdefault(getattr(question, level), []).append((key, float(score)))
-        rows += [{**columns, "category": name, "level": level, "metric": metric, **clustered_mean([score for _, score in each], [key for key, _ in each])._asdict(), "anchors": {}} for name, each in sorted(groups.items())]
+        rows += [{**columns, "category": name, "level": level, "metric": metric, **_share_or_mean([score for _, score in each], [key for key, _ in each])._asdict(), "anchors": {}} for name, each in sorted(groups.items())]
     return rows
 
 # %% ../../nbs/evaluate/dpg_bench.ipynb #86bf6c8a

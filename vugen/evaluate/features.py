@@ -93,7 +93,8 @@ def efficientnet(size: str = "", device="cpu") -> Extractor:  # side in pixels, 
     from vugen.encode.encoders import EfficientNetLite0
     if size and not size.isdigit(): raise UserError(f"efficientnet:{size} names no size: give a multiple of 32, such as efficientnet:128.")
     encoder = EfficientNetLite0(32, int(size or 224)).to(device)
-    return Extractor("EfficientNet-Lite0", encoder.image_size, "Pillow bicubic, squeezed", squeezed, lambda pixels: encoder(pixels).pooled, fingerprint(encoder), device=device)
+    name = "EfficientNet-Lite0" + f"@{encoder.image_size}" * (encoder.image_size != 224)  # the same network at another size sees another thing
+    return Extractor(name, encoder.image_size, "Pillow bicubic, squeezed", squeezed, lambda pixels: encoder(pixels).pooled, fingerprint(encoder), device=device)
 
 # %% ../../nbs/evaluate/features.ipynb #e060e672
 def _clip_tower(name):
@@ -215,7 +216,7 @@ class FeatureSet:
     extractor: str  # name
     fingerprint: str  # of extractor and resizing
     resize: str  # in words
-    unreadable: dict = field(default_factory=dict)  # {file name: why}
+    unreadable: dict = field(default_factory=dict)  # {file name: why it has no features}
     extracted: int = 0  # pictures that went through the network; the others were known
 
     def __len__(self): return len(self.values)
@@ -224,7 +225,7 @@ class FeatureSet:
         "What is missing from the set, as a note: how many pictures, and the first of them"
         if not self.unreadable: return {}
         first = " ".join(list(self.unreadable.values())[:3])
-        return {f"{len(self.unreadable)} of {len(self.unreadable) + len(self)} pictures": f"They cannot be read and are left out. {first}"}
+        return {f"{len(self.unreadable)} of {len(self.unreadable) + len(self)} pictures": f"They cannot be used and are left out. {first}"}
 
 # %% ../../nbs/evaluate/features.ipynb #bbbf8462
 def _read(path):
@@ -245,16 +246,15 @@ def folder_features(
     cache: str | Path | None = None,  # folder of known features; default in the cache
     progress: Callable | None = None,  # called with (pictures read, pictures in all)
 ) -> FeatureSet:
-    "Features of a folder; a `UserError` where no picture can be read or a feature is not finite"
+    "Features of a folder; pictures that cannot be read or have features that are not finite are named, and all of them a `UserError`"
     files, store = picture_files(folder), FeatureStore(extractor, cache)
     rows, unreadable, batch, extracted = {}, {}, [], 0
     def flush():
         if not batch: return
         names, digests, pictures = zip(*batch)
         for name, digest, values in zip(names, digests, extractor(list(pictures))):
-            if not np.isfinite(values).all(): raise UserError(f"{files[name]} has features of {extractor.name} that are not finite: the network or the picture is broken; take it out of the folder.")
-            rows[name] = values
-            store.add(digest, values)
+            if np.isfinite(values).all(): rows[name] = values; store.add(digest, values)
+            else: unreadable[name] = f"{files[name]} has features of {extractor.name} that are not finite: the network or the picture is broken."
         batch.clear()
     try:
         for done, (name, path) in enumerate(files.items(), 1):
@@ -267,6 +267,6 @@ def folder_features(
             if progress: progress(done, len(files))
         flush()
     finally: store.save()
-    if not rows: raise UserError(f"No picture in {folder} can be read (first: {next(iter(unreadable.values()))}) Name another folder.")
+    if not rows: raise UserError(f"No picture in {folder} can be used (first: {next(iter(unreadable.values()))}) Name another folder.")
     names = [name for name in files if name in rows]
     return FeatureSet(np.stack([rows[name] for name in names]), names, extractor.name, extractor.fingerprint, extractor.resize, unreadable, extracted)

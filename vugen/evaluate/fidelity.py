@@ -14,7 +14,7 @@ import torch
 
 from ..data.images import psnr
 from ..errors import UserError
-from .intervals import Estimate, bootstrap_mean, mean_interval, student_quantile
+from .intervals import Estimate, item_mean, mean_interval, student_quantile
 from .reference import moments
 
 # %% ../../nbs/evaluate/fidelity.ipynb #94bad157
@@ -23,7 +23,7 @@ def mean_psnr(
     originals: torch.Tensor, # [B, 3, H, W] in [0, 1]
 ) -> Estimate: # decibels, interval by bootstrap over images
     "Mean PSNR over images with its 95% interval"
-    return bootstrap_mean(psnr(images, originals).cpu().numpy())
+    return item_mean(psnr(images, originals).cpu().numpy())
 
 # %% ../../nbs/evaluate/fidelity.ipynb #36271cfc
 def symmetric_root(

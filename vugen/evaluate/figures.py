@@ -301,7 +301,8 @@ def frechet_of(rows: list[dict], category: str) -> str:
 def footer_of(rows: list[dict], run: dict) -> str:  # those that are drawn
     "Scale, extractor, n and seeds, and what the bars speak of, for the foot of a figure."
     distances, seeds = [row for row in rows if row["metric"].startswith("Fréchet-")], run.get("seeds")
-    names, counts = sorted({row["metric"] for row in distances}), sorted({row["n"] for row in distances if row.get("n")} or {row["n"] for row in rows if row.get("n")})
+    names = sorted({row["metric"] for row in distances} | {f"spread: {row['metric']}" for row in rows if row["metric"].startswith("mean distance, ")})
+    counts = sorted({row["n"] for row in distances if row.get("n")} or {row["n"] for row in rows if row.get("n")})
     parts = [run.get("scale", ""), ", ".join(names), f"n = {' or '.join(f'{count:,}' for count in counts)}" if counts else "", f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "", _told_of_bars(rows, seeds or []), _told_of_distances(distances)]
     return " · ".join(part for part in parts if part)
 

@@ -194,21 +194,24 @@ def read_folder(
     "The pictures that are there, and in words what is missing"
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds 00000/samples/0000.png and so on.")
-    shots = []
+    shots, broken = [], {}
     for number, path in sorted((int(path.name), path) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()):
         if items is not None and number >= len(items): raise UserError(f"{path} has no line in the list of {len(items)} prompts: give the list that the pictures were drawn from.")
-        own = _own_item(path)
+        try: own = _own_item(path)
+        except UserError as error: broken[path.name] = str(error); continue
         if items is not None and own and own != items[number]: raise UserError(f"{path} was drawn for {own.prompt!r}, and the list has {items[number].prompt!r} there: give the list that the pictures were drawn from.")
         item = own or (items[number] if items is not None else None)
         if item is None: raise UserError(f"{path} has no metadata.jsonl: copy the line of its prompt there, or name the list with --items.")
         shots += [Shot(number, sample, item, sample.relative_to(folder).as_posix()) for sample in sorted((path / "samples").glob("*.png")) if sample.stem.isdigit()]
+    if broken and not shots: raise UserError(next(iter(broken.values())))
     if not shots: raise UserError(f"{folder} holds no pictures in GenEval's layout: expected 00000/samples/0000.png and so on.")
-    return shots, _missing(shots, items)
+    notes = {"prompts left out": f"{len(broken)} cannot be read, with their pictures; the rest is measured. The first: {next(iter(broken.values()))}"} if broken else {}
+    return shots, {**notes, **_missing(shots, None if items is None else len(items) - len(broken))}
 
-def _missing(shots, items):
+def _missing(shots, prompts): # prompts that should have pictures; None: those that have some
     counts = {}
     for shot in shots: counts[shot.number] = counts.get(shot.number, 0) + 1
-    each, prompts = max(counts.values()), len(items) if items is not None else len(counts)
+    each, prompts = max(counts.values()), len(counts) if prompts is None else prompts
     lost = prompts * each - len(shots)
     return {"missing pictures": f"{lost} of {prompts * each} ({each} a prompt, {prompts - len(counts)} of {prompts} prompts have none); the rest is measured."} if lost else {}
 

@@ -145,12 +145,13 @@ def clustered_mean(
     groups: Sequence, # the picture or prompt that each belongs to
     samples: int = 2000, # resamplings
     seed: int = 0, # of the resampling
-) -> Estimate: # mean; n is the number of values
+) -> Estimate: # mean; n is the number of values; of a single group no interval
     "Mean with a percentile bootstrap interval over whole groups"
     values = np.asarray(values, dtype=np.float64)
     if not values.size or not np.isfinite(values).all(): raise UserError(f"a mean needs finite values: {values.size} were given, {int((~np.isfinite(values)).sum())} of them not finite.")
     places = np.unique(np.asarray([str(group) for group in groups]), return_inverse=True)[1]
     sums, counts = np.bincount(places, values), np.bincount(places)
+    if len(sums) == 1: return Estimate(float(values.mean()), None, None, values.size) # resampling one group gives it again and again
     weights = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), samples)
     low, high = np.quantile((weights @ sums) / (weights @ counts), [0.025, 0.975])
     return Estimate(float(values.mean()), float(min(low, values.mean())), float(max(high, values.mean())), values.size)

@@ -14,7 +14,7 @@ import torch
 from ..data.images import load_image
 from ..errors import UserError
 from .features import picture_files, to_pixels
-from .intervals import Estimate, bootstrap_mean
+from .intervals import Estimate, item_mean
 
 # %% ../../nbs/evaluate/reconstruction.ipynb #5f092477
 def ssim(
@@ -51,7 +51,7 @@ def pair_scores(
     judges: dict[str, Callable],  # {name of the score: function of two pictures [1, 3, H, W]}
     device="cpu",
     progress: Callable | None = None,  # called with (pairs done, in all)
-) -> tuple[dict[str, Estimate], dict[str, str], list[str]]:  # {score: mean and interval by bootstrap over pairs}, {name: why it was left out}, names that were compared
+) -> tuple[dict[str, Estimate], dict[str, str], list[str]]:  # {score: mean and interval by bootstrap over pairs, none of a single one}, {name: why it was left out}, names that were compared
     "Mean scores over pairs; a pair that cannot be compared is left out, and all of them a `UserError`"
     found, left_out, names = {name: [] for name in judges}, {}, []
     for done, (name, (ours, theirs)) in enumerate(pairs.items(), 1):
@@ -62,4 +62,4 @@ def pair_scores(
             for key, value in values.items(): found[key].append(value)
         if progress: progress(done, len(pairs))
     if not names: raise UserError(f"No pair of pictures can be compared (first: {next(iter(left_out.values()))})")
-    return {key: bootstrap_mean(values) for key, values in found.items()}, left_out, names
+    return {key: item_mean(values) for key, values in found.items()}, left_out, names

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 from ..errors import UserError
-from .terminal import Counter, check_number, check_target, pick_device, pictures_in, read_images, report, root_of, run_record
+from .terminal import Counter, check_number, check_target, note_of_unreadable, pick_device, pictures_in, readable_images, report, root_of, run_record
 
 # %% auto #0
 __all__ = ['SUITES', 'OF_SETS', 'OF_SUITES', 'Evaluate', 'refuse', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows',
@@ -65,10 +65,12 @@ class Evaluate:
         if not self.folder: raise UserError("There are no pictures: name a folder, as in `vugen evaluate FOLDER --reference FOLDER`.")
         device, prompts = pick_device(self.device), read_prompts(self.folder)
         if not prompts and not self.reference: raise UserError(f"{self.folder} has no generate.json: give a folder that `vugen generate` wrote, or name reference pictures with --reference.")
-        root, rows = root_of(self.root), []
+        root = root_of(self.root)
         notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
-        if prompts: rows += prompt_rows(self.folder, prompts, root, device)
-        if self.reference: rows += reference_rows(self.folder, self.reference, device)
+        rows = []
+        for measure in ([partial(prompt_rows, self.folder, prompts, root)] if prompts else []) + ([partial(reference_rows, self.folder, self.reference)] if self.reference else []):
+            more, why = measure(device)
+            rows, notes = rows + more, notes | why
         report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
 
 
@@ -112,33 +114,39 @@ def other_prompts(prompts):  # one a picture
 
 # %% ../../nbs/lab/evaluate.ipynb #b3fafede
 def prompt_rows(folder, prompts, root, device):
-    "How often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
+    "Rows and notes: how often the scene parser finds what the prompt says, the same with shuffled prompts, and the parser's own score on rendered scenes."
     from dataclasses import replace
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
     from vugen.understand.scorers import world_of
     parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
-    images = read_images([Path(folder) / name for name in prompts], parser.image_size, counter).to(device)
-    asked = list(prompts.values())
+    images, names, unreadable = readable_images({name: Path(folder).expanduser() / name for name in prompts}, parser.image_size, counter)
+    images, asked = images.to(device), [prompts[name] for name in names]
     rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
     if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
-    return rows + parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
+    rows += parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
+    return rows, note_of_unreadable(unreadable, len(prompts), "generated pictures")
 
 # %% ../../nbs/lab/evaluate.ipynb #54900207
 def reference_rows(folder, reference, device, size=128):
-    "PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, at 128 pixels."
+    "Rows and notes: PSNR over files of equal names and the Fréchet distance of the two sets in EfficientNet features, both on the middle square at 128 pixels."
     from vugen.encode.encoders import EfficientNetLite0
     from vugen.evaluate.fidelity import frechet_row, mean_psnr
+    from vugen.evaluate.scores import singular_note
     if Path(reference).expanduser().is_file(): raise UserError(f"{reference} is a file: name metrics too, as `--metrics fid`, if it holds statistics of a reference.")
     ours, theirs = pictures_in(folder), pictures_in(reference)
     counter = Counter()
-    images, originals = read_images(ours.values(), size, counter), read_images(theirs.values(), size, counter, "reading references")
-    shared = [name for name in ours if name in theirs]
-    rows = []
-    if shared:
-        places = [list(ours).index(name) for name in shared], [list(theirs).index(name) for name in shared]
-        rows.append({"images": str(folder), "metric": "PSNR", **mean_psnr(images[places[0]], originals[places[1]])._asdict()})
-    if min(len(ours), len(theirs)) >= 2: rows.append({"images": str(folder), **frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))})
-    return rows
+    (images, our_names, our_lost), (originals, their_names, their_lost) = readable_images(ours, size, counter), readable_images(theirs, size, counter, "reading references")
+    def psnr_rows():
+        places = [(place, their_names.index(name)) for place, name in enumerate(our_names) if name in their_names]
+        if not places: raise UserError("no two files have the same name, so nothing is compared picture by picture.")
+        first, second = map(list, zip(*places))
+        return [{"metric": "PSNR", **mean_psnr(images[first], originals[second])._asdict()}], {}
+    def frechet_rows():
+        row = frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))
+        return [row], singular_note(row["metric"], min(len(images), len(originals)), row["dimension"])
+    rows, notes = what_can_be({"PSNR": psnr_rows, "Fréchet distance": frechet_rows})
+    about = {"images": str(folder)}, {"reference": Path(reference).expanduser().resolve().name, "resize": f"middle square, {size}×{size}"}
+    return [{**about[0], **row, **about[1]} for row in rows], notes | note_of_unreadable(our_lost, len(ours)) | note_of_unreadable(their_lost, len(theirs), "reference pictures")
 
 # %% ../../nbs/lab/evaluate.ipynb #f1d1a002
 def open_reference(verb, extractor, metrics, progress):  # Evaluate
@@ -211,7 +219,7 @@ def pair_rows(verb, folder, metrics, device, progress):  # Evaluate
     scores, left_out, _ = pair_scores(pairs, judges, device, partial(progress, "pairs"))
     notes = {f"{drawn - len(pairs)} of {drawn} pictures": f"{verb.reference.name} holds no original of the same name, so they are left out of {', '.join(judges)}."} if len(pairs) < drawn else {}
     notes |= {f"{len(left_out)} pairs": f"They cannot be compared and are left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
-    return [{"images": folder.name, "metric": name, **estimate._asdict(), "resize": "none"} for name, estimate in scores.items()], notes
+    return [{"images": folder.name, "metric": name, **estimate._asdict(), "reference": verb.reference.expanduser().resolve().name, "resize": "none"} for name, estimate in scores.items()], notes
 
 
 def check_fidelity(verb):  # Evaluate; the folder of pictures or None, names of metrics

@@ -104,10 +104,10 @@ def deliver(verb, command, rows, notes, store, root=None, **more):
 def run_clipscore(verb, command):  # Evaluate
     "CLIPScore of a folder's pictures."
     from vugen.evaluate.alignment import prompted_pictures, run_clip_score
-    parts, shots, store = model_parts(verb.model, ("clip",)), prompted_pictures(verb.folder, verb.items)[:verb.limit], answers_of(verb, "clipscore")
+    parts, (shots, notes), store = model_parts(verb.model, ("clip",)), prompted_pictures(verb.folder, verb.items), answers_of(verb, "clipscore")
     matcher = load_matcher(parts["clip"], pick_device(verb.device)) if parts else None
-    rows, notes = run_clip_score(shots, matcher, store, progress=partial(Counter(), "pictures"))
-    deliver(verb, command, rows, notes, store, suite="clipscore")
+    rows, more = run_clip_score(shots[:verb.limit], matcher, store, progress=partial(Counter(), "pictures"))
+    deliver(verb, command, rows, {**notes, **more}, store, suite="clipscore")
 
 
 def run_geneval(verb, command):  # Evaluate
@@ -126,9 +126,10 @@ def run_geneval(verb, command):  # Evaluate
 # %% ../../nbs/lab/evaluate_alignment.ipynb #edd368e2
 def run_dpg(verb, command, samples=4, published=False):  # Evaluate
     "DPG-Bench with a vision–language model by name."
-    from vugen.evaluate.dpg_bench import run_dpg
+    from vugen.evaluate.dpg_bench import questions_to_ask, read_dpg, run_dpg
     if not verb.items: raise UserError("DPG-Bench asks the questions of a list: name it with --items dpg_bench.csv.")
     parts, store = model_parts(verb.model, ("vqa",)), answers_of(verb, "dpg")
+    questions_to_ask(read_dpg(verb.items, published)[:verb.limit], verb.folder, samples)  # refused before minutes are spent on weights
     answerer = YesOrNo.from_pretrained(parts["vqa"], device=pick_device(verb.device)) if parts else None
     rows, notes = run_dpg(verb.items, verb.folder, answerer, store, samples, published, verb.limit, progress=partial(Counter(), "questions"))
     deliver(verb, command, rows, notes, store, suite=verb.suite, samples=samples)

@@ -18,7 +18,8 @@ from ..paths import atomic_path, checkpoints_dir
 # %% auto #0
 __all__ = ['LARGEST_SEED', 'MOST_STEPS', 'LARGEST_SIDE', 'SUFFIXES', 'run_record', 'write_json', 'check_target', 'delivery',
            'root_of', 'pick_device', 'show_rows', 'sentence', 'check_number', 'check_captions', 'check_prompts',
-           'show_notes', 'Counter', 'report', 'read_pictures', 'read_images', 'pictures_in']
+           'show_notes', 'Counter', 'report', 'read_pictures', 'read_images', 'readable_images', 'note_of_unreadable',
+           'pictures_in']
 
 # %% ../../nbs/lab/terminal.ipynb #22689d7c
 def run_record(command, seed=None, root=None, device="cpu", **more):
@@ -177,6 +178,23 @@ def read_images(paths, size, progress=None, what="reading pictures"):  # progres
         images.append(to_tensor(read_pictures([path])[0], size))
         if progress: progress(what, len(images), len(paths))
     return torch.cat(images)
+
+
+def readable_images(files, size, progress=None, what="reading pictures"):  # {name: path}; as `read_images`
+    "(pictures [B, 3, size, size], their names, {name: why it cannot be read}); a `UserError` where none can."
+    import torch
+    images, unreadable = {}, {}
+    for done, (name, path) in enumerate(files.items(), 1):
+        try: images[name] = read_images([path], size)
+        except UserError as error: unreadable[name] = str(error)
+        if progress: progress(what, done, len(files))
+    if not images: raise UserError(f"No picture of {len(files)} can be read (first: {next(iter(unreadable.values()), 'there is none')})")
+    return torch.cat(list(images.values())), list(images), unreadable
+
+
+def note_of_unreadable(unreadable, count, what="pictures"):  # of `readable_images`; pictures in all
+    "{what is missing: why}, empty where all were read."
+    return {f"{len(unreadable)} of {count} {what}": f"They cannot be read and are left out. {' '.join(list(unreadable.values())[:3])}"} if unreadable else {}
 
 # %% ../../nbs/lab/terminal.ipynb #ed231194
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
