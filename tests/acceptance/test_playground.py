@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import shutil
 import socket
 import subprocess
@@ -96,8 +97,9 @@ def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("server")
     port, log, kept = free_port(), home / "log", home / "kept"
     words = ["play", "--port", str(port), "--no-browser", "--experiment", str(made_up_results(home / "trial")), "--keep", str(kept)]
+    temporary = tmp_path_factory.mktemp("temporary")  # beside its own folder, as a visitor's machine has it
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "vugen.lab.cli", *words], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=home)
+        process = subprocess.Popen([sys.executable, "-m", "vugen.lab.cli", *words], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}, cwd=home)
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):
         assert process.poll() is None, log.read_text()
@@ -107,9 +109,11 @@ def server(tmp_path_factory):
         except OSError: time.sleep(1)
     yield Server(address, process, log, kept)
     assert process.poll() is None, "the server ended during the tests:\n" + log.read_text()
+    assert list(temporary.glob("vugen-play-*/*")), "uploads and results lie elsewhere"
     process.terminate()
-    process.wait(20)
+    assert process.wait(20) == 128 + signal.SIGTERM
     assert "Traceback" not in log.read_text(), log.read_text()
+    assert not list(temporary.glob("vugen-play-*")), "visitors' files outlive the server"
 
 
 @pytest.fixture(scope="module")
@@ -458,13 +462,49 @@ def test_a_past_result_restores_its_settings_and_can_be_downloaded(page):
     tab(page, "Bind")
     past(page).nth(1).click()
     wait_for(page, "prompt", "a green star")
-    page.wait_for_function("() => !document.querySelector('#told p')", timeout=WAIT)  # what was said of the red circle is gone
+    page.wait_for_function("() => (document.querySelector('#told')?.innerText ?? '').includes('a green star')", timeout=WAIT)  # its own answer, not that of the red circle
+    assert page.locator("#generated img").count() == 1
     with page.expect_download() as waited: page.locator("#json-generate").click()
     assert json.loads(Path(waited.value.path()).read_text())["settings"]["prompt"] == "a green star"
     assert page.get_by_role("tab", name="Generate").get_attribute("aria-selected") == "true" and page.locator("#steps input[type=number]").input_value() == "7"
     with newest_changes(page): page.get_by_role("button", name="Generate", exact=True).click()
     first, second = (page.locator("#past .thumbnail-item img").nth(place).get_attribute("src") for place in (0, 2))
     assert first.rsplit("/", 2)[-2] == second.rsplit("/", 2)[-2], "the same settings draw the same picture"
+
+
+@pytest.mark.browser
+def test_a_past_answer_comes_back_with_another_picture(page):
+    with newest_changes(page): ask(page, "Bind")
+    first = page.locator("#verdict table").inner_text()
+    with newest_changes(page): ask(page, "Reconstruct")
+    kept = page.locator("#kept").inner_text()
+    choose(page, "two of a kind")
+    page.wait_for_function("() => !document.querySelector('#verdict table') && !document.querySelector('#kept .told')", timeout=WAIT)
+    with newest_changes(page): ask(page, "Bind")
+    second = page.locator("#verdict table").inner_text()
+    assert first != second
+    for place, panel, answer, told in ((2, "Bind", "#verdict table", first), (1, "Reconstruct", "#kept", kept), (0, "Bind", "#verdict table", second), (2, "Bind", "#verdict table", first)):
+        past(page).nth(place).click()
+        page.wait_for_function("([answer, told]) => (document.querySelector(answer)?.innerText ?? '').trim() === told.trim()", arg=[answer, told], timeout=WAIT)
+        assert_tabs_in_sight(page, panel)
+        page.wait_for_timeout(1000)
+        assert page.locator(answer).inner_text().strip() == told.strip(), "the picture's coming took its answer along"
+        assert page.locator(f"#json-{panel.lower()}").is_enabled()
+    assert page.locator("#reconstructions img").count() == 3 and page.locator("#differences img").count() == 2
+    choose(page, "an emoji scene")
+    page.wait_for_function("() => !document.querySelector('#verdict table')", timeout=WAIT)  # a new picture has no answer yet
+
+
+@pytest.mark.browser
+def test_what_no_training_showed_is_said_and_may_still_be_asked(page):
+    tab(page, "Generate")
+    field(page, "prompt").fill("three red stars")
+    page.locator("#note-generate p").wait_for(timeout=WAIT)
+    assert "three stars" in page.locator("#note-generate").inner_text() and "a guess" in page.locator("#note-generate").inner_text()
+    tab(page, "Classify")
+    page.locator("#examples-classify").locator("button", has_text="inside").click()
+    page.locator("#note-classify p").wait_for(timeout=WAIT)
+    assert "inside" in page.locator("#note-classify").inner_text() and page.locator("#classify-to-generate").is_enabled()
 
 
 @pytest.mark.browser

@@ -12,7 +12,8 @@ RED = Image.new("RGB", (8, 8), "red")
 
 def test_results_survive_the_process(tmp_path):
     shelf = Shelf({"versions": {"torch": "2"}, "checkpoints": {"decoder": "ab"}}, tmp_path / "kept")
-    made = shelf.add([], "Reconstruct", "a dog", {"ratio": "16", "seed": 4}, [{"psnr": 3.5}], RED, [RED, RED])
+    made = shelf.add([], "Reconstruct", "a dog", {"ratio": "16", "seed": 4}, [{"psnr": 3.5}], RED, [RED, RED], [RED] * 11)
+    assert shelf.begin()[0].pictures == made[0].pictures == (png_of(RED),) * 11
     assert [each.as_dict() for each in shelf.begin()] == [each.as_dict() for each in made] and list(picture_of(shelf.begin()[0].picture).getdata()) == list(RED.getdata())
 
 

@@ -9,8 +9,9 @@ from vugen.data.foils import FOIL_KINDS, caption_foils
 from vugen.data.scenes import World, caption_of, facts, holds, parse, sample_scene, scene_from_caption
 from vugen.errors import UserError
 from vugen.lab.playground_fields import LARGEST_SEED, checked_captions, number_between, scene_of, seed_of
-from vugen.lab.playground_tabs import on_draw, reading_note
-from vugen.lab.workbench import KINDS, Verdict, Workbench, draw_caption, folded, listed, starters, true_of, verdict_table, with_foils
+from vugen.lab.playground_gallery import Result
+from vugen.lab.playground_tabs import kept_words, on_draw, reading_note, shown_again, undrawn
+from vugen.lab.workbench import KINDS, Verdict, Workbench, beyond, draw_caption, folded, listed, starters, true_of, verdict_table, with_foils
 
 VERDICT = Verdict(("a dog", "a cat", "a cow"), ("caption", "", ""), {"first": (2.0, 1.0, 0.0), "second": (0.0, 1.0, 0.5), "even": (1.0, 1.0, 0.0)}, {})
 
@@ -135,9 +136,38 @@ def test_a_bound_is_written_in_plain_figures(wrong):
     with pytest.raises(UserError, match="from 0.1 to 20[.]"): number_between(99, "guidance", 0.1, 20)
 
 
-@pytest.mark.parametrize("caption, word", [("a red circle left of a blue square", None), ("three red stars", None), ("", None), ("a cat looking into the camera", "looking"), ("a dog left of a tree", "dog"), ("<b>", "&lt;b&gt;")])
+@pytest.mark.parametrize("caption, word", [("a red circle left of a blue square", None), ("", None), ("a cat looking into the camera", "looking"), ("a dog left of a tree", "dog"), ("<b>", "&lt;b&gt;")])
 def test_what_the_generator_cannot_draw_is_said_before(caption, word):
     bench = Workbench()
     note = reading_note(bench, caption)
+    assert (undrawn(bench, caption) == "") == (word is None)
     if word is None: assert note == ""
     else: assert word in note and "generator cannot draw" in note and "<b>lit</b>" in note and "Reconstruct" not in reading_note(bench, caption, only_drawn=True)
+
+
+@pytest.mark.parametrize("caption, unseen", [("three red stars", "“three stars”"), ("a yellow heart inside a black square", "“inside”"), ("a small blue square right of a large red circle", "“large” and “small”"), ("a red circle surrounding a striped star", "“striped” and “inside”")])
+def test_what_no_training_showed_is_called_a_guess_and_may_be_drawn(caption, unseen):
+    bench = Workbench()
+    assert not undrawn(bench, caption) and all(f"without {unseen}:" in note and "a guess" in note for note in (reading_note(bench, caption), reading_note(bench, caption, only_drawn=True)))
+
+
+def test_what_a_world_shows():
+    told = parse("a red striped circle above three small dogs")
+    assert beyond(told, World()) == ["dog", "striped", "small", "three dogs"]
+    assert beyond(told, World(emoji=("dog",), fills=("solid", "striped"), attributes_per_object=3, counted=.5, counts={4: 1.})) == []
+    assert beyond(parse("a red circle, a blue star and a green heart"), World()) == ["3 things"] and beyond(parse("a gray circle below a star"), World()) == ["gray"]
+
+
+@pytest.mark.parametrize("numbers", [None, [], {}, 3, "x", [{"latents": "PCA"}], {"captions": ["a"], "kinds": [], "scores": {"x": [1]}, "notes": []}, {"as_asked": [True]}])
+@pytest.mark.parametrize("tab", ["Bind", "Reconstruct", "Generate", "Classify"])
+def test_a_record_that_tells_too_little_shows_nothing(tab, numbers):
+    found = shown_again(Workbench(), Result(tab, "", {}, numbers, {}, None, None, ()))
+    assert all("<script" not in str(each) for each in found.values()) and set(found) <= {"on_bind", "on_compare", "on_classify"}
+
+
+def test_a_past_answer_is_text_and_never_markup():
+    evil = "<img src=x onerror=alert(1)>"
+    rows = [{"latents": evil, "numbers_a_patch": 4, "psnr": 3.0, "token_share": .5, "caption_read": None}] * 2
+    plain = {"captions": [evil, "b"], "kinds": [evil, ""], "scores": {evil: [1.0, 2.0]}, "notes": {evil: evil}}
+    shown = [*shown_again(Workbench(), Result("Classify", "", {}, plain, {}))["on_classify"], kept_words(rows, evil, evil)]
+    assert all("<img" not in each and "&lt;img" in each for each in shown)

@@ -33,6 +33,7 @@ class Result:
     record: dict = field(repr=False)  # versions, checkpoints, time
     picture: bytes | None = field(default=None, repr=False)  # PNG that was asked about
     shown: bytes | None = field(default=None, repr=False)  # PNG for the gallery
+    pictures: tuple = field(default=(), repr=False)  # PNGs of the answer, in its order
 
     def as_dict(self) -> dict:
         "What is downloaded."
@@ -75,10 +76,10 @@ class Shelf:
     record: dict = field(repr=False)  # of `record_of`
     folder: Path | None = None
 
-    def add(self, results: list, tab: str, title: str, settings: dict, numbers, picture=None, shown=()) -> list:
+    def add(self, results: list, tab: str, title: str, settings: dict, numbers, picture=None, shown=(), pictures=()) -> list:
         "The results with a new one before them."
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        made = Result(tab, title[:80], settings, numbers, {"when": now, **self.record}, png_of(picture), png_of(contact(list(shown) or [picture or Image.new("RGB", (8, 8), "white")])))
+        made = Result(tab, title[:80], settings, numbers, {"when": now, **self.record}, png_of(picture), png_of(contact(list(shown) or [picture or Image.new("RGB", (8, 8), "white")])), tuple(map(png_of, pictures)))
         if self.folder: store(made, self.folder)
         return [made, *(results or [])][:MOST]
 
@@ -96,6 +97,7 @@ def store(result: Result, folder: Path) -> Path:
             (temporary / "result.json").write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
             for kind in ("picture", "shown"):
                 if getattr(result, kind): (temporary / f"{kind}.png").write_bytes(getattr(result, kind))
+            for place, png in enumerate(result.pictures): (temporary / f"answer-{place:02}.png").write_bytes(png)
     except OSError as error: raise UserError(f"{folder} cannot be written ({error.strerror}): name another folder with --keep.") from error
     return Path(folder) / name
 
@@ -104,8 +106,9 @@ def _read(folder: Path) -> Result:
     own = {key: found.pop(key) for key in ("tab", "title", "settings", "numbers")}
     if own["tab"] not in TABS or not isinstance(own["settings"], dict): raise ValueError("no result")
     pictures = {kind: path.read_bytes() if (path := folder / f"{kind}.png").is_file() else None for kind in ("picture", "shown")}
-    for png in pictures.values(): picture_of(png)
-    return Result(**own, record={key: value for key, value in found.items() if key not in ("seed", "picture")}, **pictures)
+    answer = tuple(path.read_bytes() for path in sorted(folder.glob("answer-*.png")))
+    for png in (*pictures.values(), *answer): picture_of(png)
+    return Result(**own, record={key: value for key, value in found.items() if key not in ("seed", "picture")}, **pictures, pictures=answer)
 
 def stored(
     folder: str | Path,  # that may be empty, or not be there yet

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'DEFAULTS', 'TOLD', 'Answer', 'enlarged', 'scene_behind', 'on_draw', 'on_foils', 'on_bind', 'on_compare',
-           'on_reconstruct', 'kept_words', 'on_generate', 'on_classify', 'on_experiment', 'reading_note', 'Panel',
-           'examples_of', 'encoders_field', 'picture_column', 'bind_tab', 'reconstruct_tab', 'generate_tab',
-           'classify_tab', 'experiment_tab']
+           'on_reconstruct', 'kept_strips', 'kept_words', 'on_generate', 'drawn_tiles', 'on_classify', 'verdict_of',
+           'shown_again', 'on_experiment', 'undrawn', 'reading_note', 'Panel', 'examples_of', 'encoders_field',
+           'picture_column', 'bind_tab', 'reconstruct_tab', 'generate_tab', 'classify_tab', 'experiment_tab']
 
 # %% ../../nbs/lab/playground_tabs.ipynb #4e3b77d7
 import hashlib
@@ -19,9 +19,10 @@ from ..data.scenes import parse, render, scene_from_caption
 from ..errors import UserError
 from ..evaluate.scene_parser import check, parse_images
 from .playground_experiment import AT_MOMENT, VIEWS, none_yet, view_html
+from .playground_gallery import Result, picture_of
 from .playground_fields import LARGEST_SEED, LIMITS, as_it_came, checked_captions, given_captions, given_picture, number_between, picture_field, picture_strip, scene_of, seed_of, some_of
 from .side_by_side import QUESTIONS, compare, comparison_table, measured_narrowing, question_suite, ratios, through
-from .workbench import PICTURE_SIZE, verdict_table, with_foils
+from .workbench import PICTURE_SIZE, Verdict, listed, verdict_table, with_foils
 
 # %% ../../nbs/lab/playground_tabs.ipynb #f16d3e7a
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Answer:
     title: str = ""  # for the gallery
     picture: Image.Image | None = None  # that was asked about
     shown: tuple = ()  # pictures for the gallery
+    pictures: tuple = ()  # of the answer, so that it can be shown again
 
 def enlarged(image, size: int = 256) -> Image.Image:
     "A small picture with its pixels kept square."
@@ -100,14 +102,25 @@ def on_reconstruct(bench, picture, drawn, ratio, steps, seed):
     offered = {str(r): k for r, k in ratios(bench.autoencoders["learned"].reducer).items()}
     kept = offered[some_of(str(ratio), "r", tuple(offered))[0]] if ratio is not None else max(offered.values())
     image, caption = to_tensor(picture, bench.autoencoders["learned"].image_size), drawn["caption"] if scene_behind(picture, drawn) else None
-    first, made = (enlarged(image[0]), f"what the encoder sees, {image.shape[-1]} × {image.shape[-1]}"), []
+    first, made = enlarged(image[0]), []
     for name, model in bench.autoencoders.items():
         made.append(through(model, name, image, _way(bench, name), kept, steps, seed))
-        strips = [first, *((enlarged(each.image), f"{each.name}, {each.psnr:.1f} dB") for each in made)], [(enlarged(each.difference), f"{each.name}: what differs") for each in made]
-        yield Answer((*strips, ""))
-    read = {each.name: _read_in(bench, each.image[None], caption)[0] for each in made} if caption else {}
-    numbers = [{"latents": each.name, "numbers_a_patch": each.kept, "psnr": each.psnr, "token_share": each.share, "caption_read": read.get(each.name)} for each in made]
-    yield Answer((*strips, kept_words(numbers, ratio or max(offered, key=offered.get), caption)), numbers, caption or "a picture", picture, tuple(shown for shown, _ in strips[0]))
+        pictures = [first, *(enlarged(each.image) for each in made), *(enlarged(each.difference) for each in made)]
+        numbers = [{"latents": each.name, "numbers_a_patch": each.kept, "psnr": each.psnr, "token_share": each.share, "caption_read": None} for each in made]
+        yield Answer((*kept_strips(pictures, numbers, image.shape[-1]), ""))
+    if caption: numbers = [{**row, "caption_read": _read_in(bench, each.image[None], caption)[0]} for row, each in zip(numbers, made)]
+    words = kept_words(numbers, ratio or max(offered, key=offered.get), caption)
+    yield Answer((*kept_strips(pictures, numbers, image.shape[-1]), words), numbers, caption or "a picture", picture, tuple(pictures[:1 + len(made)]), tuple(pictures))
+
+def kept_strips(
+    pictures,  # what the encoder sees, what comes back from each latent space, and what differs
+    numbers,  # of `on_reconstruct`
+    size: int,  # of what the encoder sees, in pixels
+) -> tuple[list, list]:
+    "Pictures with words beneath: original and reconstructions, and differences."
+    backs, differences = pictures[1:1 + len(numbers)], pictures[1 + len(numbers):]
+    named = [(pictures[0], f"what the encoder sees, {size} × {size}"), *((back, f"{each['latents']}, {each['psnr']:.1f} dB") for back, each in zip(backs, numbers))]
+    return named, [(back, f"{each['latents']}: what differs") for back, each in zip(differences, numbers)]
 
 def kept_words(
     numbers,  # of `on_reconstruct`
@@ -115,13 +128,14 @@ def kept_words(
     caption: str | None,  # that is true of the picture, where it is known
 ) -> str:
     "What each latent space kept, in sentences."
-    told = [f"<p><b>{each['latents']}</b>, {each['numbers_a_patch']} numbers a patch (r = {ratio}): {each['psnr']:.1f} dB, {max(0, 100 * each['token_share']):.0f}% of what sets this picture's tokens apart from the average"
+    told = [f"<p><b>{html.escape(each['latents'])}</b>, {int(each['numbers_a_patch'])} numbers a patch (r = {html.escape(str(ratio))}): {each['psnr']:.1f} dB, {max(0, 100 * each['token_share']):.0f}% of what sets this picture's tokens apart from the average"
             + ("" if each["caption_read"] is None else f"; the scene parser still reads <i>{html.escape(caption)}</i> ✓" if each["caption_read"] else f"; the scene parser no longer reads <i>{html.escape(caption)}</i> ✗") + ".</p>" for each in numbers]
     return f'<div class="told">{"".join(told)}<p><small>Grey: nothing differs.{_kept_more(numbers)}</small></p></div>'
 
 def _kept_more(numbers): # said only where it is so
     if len(numbers) != 2: return ""
     tokens, picture = (max(numbers, key=lambda each: each[name])["latents"] for name in ("token_share", "psnr"))
+    tokens, picture = html.escape(tokens), html.escape(picture)
     return f" {tokens} keeps more of the tokens, {picture} more of the picture." if tokens != picture else f" {tokens} keeps more of both, tokens and picture."
 
 # %% ../../nbs/lab/playground_tabs.ipynb #b214adcd
@@ -135,11 +149,20 @@ def on_generate(bench, prompt, guidance, steps, seed, number):
         images = bench.generate(prompt, number=min(2, number - place), first=place, **settings)
         right += bench.shows(images, prompt)
         made += [enlarged(image) for image in images]
-        tiles = [(image, "✓ parser: as asked" if good else "✗ parser: not as asked") for image, good in zip(made, right)]
-        yield Answer((tiles, "", {"prompt": prompt, "pictures": list(made)}))
-    told = f"<b>{html.escape(prompt)}</b>, seed {settings['seed']}: the scene parser, a network that errs too, finds everything asked for, and nothing else, in {sum(right)} of {len(right)}."
+        yield Answer(drawn_tiles(made, right, prompt))
     numbers = {"as_asked": right, "sha256": [hashlib.sha256(each.tobytes()).hexdigest() for each in made]}
-    yield Answer((tiles, f"<p>{told}</p>", {"prompt": prompt, "pictures": made}), numbers, prompt, None, tuple(made))
+    yield Answer(drawn_tiles(made, right, prompt, settings["seed"]), numbers, prompt, None, tuple(made), tuple(made))
+
+def drawn_tiles(
+    made,  # pictures
+    right,  # whether the scene parser finds what was asked, one a picture
+    prompt: str,
+    seed: int | None = None,  # when all are drawn
+) -> tuple:  # pictures with words, a line, what the next tab takes
+    "What stands on the tab: pictures with the parser's word, and a line once all are drawn."
+    tiles = [(image, "✓ parser: as asked" if good else "✗ parser: not as asked") for image, good in zip(made, right)]
+    told = f"<p><b>{html.escape(prompt)}</b>, seed {seed}: the scene parser, a network that errs too, finds everything asked for, and nothing else, in {sum(right)} of {len(right)}.</p>"
+    return tiles, "" if seed is None else told, {"prompt": prompt, "pictures": list(made)}
 
 # %% ../../nbs/lab/playground_tabs.ipynb #4bd13f2d
 def on_classify(bench, picture, text, encoders):
@@ -147,6 +170,38 @@ def on_classify(bench, picture, text, encoders):
     picture, captions, names = given_picture(picture), given_captions(text), some_of(encoders, "encoders", tuple(bench.scorers))
     verdict = bench.judge(picture, captions, (), names)
     yield Answer((verdict_table(verdict, truth=None),), verdict.as_dict(), captions[0], picture)
+
+# %% ../../nbs/lab/playground_tabs.ipynb #1b07b1bc
+def verdict_of(
+    plain: dict,  # of `Verdict.as_dict`
+) -> Verdict:
+    "The verdict from its plain data."
+    return Verdict(tuple(plain["captions"]), tuple(plain["kinds"]), {name: tuple(values) for name, values in plain["scores"].items()}, dict(plain["notes"]))
+
+def _bind_again(bench, result, pictures):
+    return {"on_bind": (verdict_table(verdict_of(result.numbers), truth=0),)} if isinstance(result.numbers, dict) else {"on_compare": (comparison_table(result.numbers),)}
+
+def _reconstruct_again(bench, result, pictures):
+    model, known = bench.autoencoders["learned"], any(each["caption_read"] is not None for each in result.numbers)
+    offered = ratios(model.reducer)
+    if len(pictures) != 1 + 2 * len(result.numbers): return {}
+    return {"on_reconstruct": (*kept_strips(pictures, result.numbers, model.image_size), kept_words(result.numbers, result.settings["ratio"] or min(offered), result.settings["drawn"]["caption"] if known else None))}
+
+def _generate_again(bench, result, pictures):
+    if len(pictures) != len(result.numbers["as_asked"]): return {}
+    return {"on_generate": drawn_tiles(pictures, result.numbers["as_asked"], _first(result.settings["prompt"], "prompt"), seed_of(result.settings["seed"]))}
+
+def _classify_again(bench, result, pictures): return {"on_classify": (verdict_table(verdict_of(result.numbers), truth=None),)}
+
+_AGAIN = {"Bind": _bind_again, "Reconstruct": _reconstruct_again, "Generate": _generate_again, "Classify": _classify_again}
+
+def shown_again(
+    bench,
+    result: Result,
+) -> dict[str, tuple]:  # handler → its outputs
+    "What the handler of a past result had shown; nothing where its record does not tell."
+    try: return _AGAIN[result.tab](bench, result, [picture_of(png) for png in result.pictures])
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OSError, UserError): return {}  # a folder of results may hold what another version wrote
 
 # %% ../../nbs/lab/playground_tabs.ipynb #815f9bab
 def on_experiment(folders, name, view, moment):
@@ -156,16 +211,23 @@ def on_experiment(folders, name, view, moment):
     return view_html(folders[name], view, AT_MOMENT[moment])
 
 # %% ../../nbs/lab/playground_tabs.ipynb #53ca18b1
+def _lines(text):
+    try: return given_captions(text)
+    except UserError: return []  # said when a button is pressed
+
+def undrawn(bench, text: str) -> str:  # captions, one a line
+    "Why the generator cannot draw the first caption that it cannot; nothing where it can draw all."
+    return next(filter(None, map(bench.why_not_drawn, _lines(text))), "").partition(";")[0]
+
 def reading_note(
     bench,
     text: str,  # captions, one a line
     only_drawn: bool = False,  # it is for the generator alone
 ) -> str:
-    "Which word of the captions the generator does not know, and who reads free words, as HTML; nothing where all is known."
-    try: lines = given_captions(text)
-    except UserError: return ""  # said when a button is pressed
-    why = next(filter(None, map(bench.why_not_drawn, lines)), "").partition(";")[0]
-    if not why: return ""
+    "Which word of the captions the generator does not know, and who reads free words, or what no training showed, as HTML; nothing where all is known."
+    why, unseen = undrawn(bench, text), list(dict.fromkeys(each for line in _lines(text) for each in bench.never_seen(line)))
+    if not why and not unseen: return ""
+    if not why: return f"<p>These checkpoints were trained on scenes without {html.escape(listed([f'“{each}”' for each in unseen]))}: {'what the generator draws of it is' if only_drawn else 'scores and generated pictures of it are'} a guess.</p>"
     free = " Scorers that do not know a word give no score;" + (" <b>lit</b> reads free words, and" if "lit" in bench.scorers else "") + " Reconstruct takes any picture."
     return f"<p>{html.escape(why[0].upper() + why[1:])}: the generator cannot draw this.{'' if only_drawn else free}</p>"
 

@@ -94,7 +94,7 @@ def comparison_table(
     head = "".join(f"<th>{html.escape(each)}</th>" for each in questions)
     body = "".join(f"<tr>{first_cell(html.escape(name) + '<br><small>control: blind to the picture</small>' * (name in controls))}" + "".join(_share(found[name, each]) if (name, each) in found else "<td>…</td>" for each in questions) + "</tr>" for name in scorers)
     told = "".join(f"<p>{html.escape(said_of(each, rows))}</p>" for each in questions)
-    legend = f"<p><small>Share of {rows[0]['n']} scenes whose true caption scores above the foil, with its 95% interval; guessing gives 50%, and a tie counts as wrong. Green: above guessing. Red: not told from guessing. Controls have no colour: guessing is their part.</small></p>" if rows else ""
+    legend = f"<p><small>Share of {int(rows[0]['n'])} scenes whose true caption scores above the foil, with its 95% interval; guessing gives 50%, and a tie counts as wrong. Green: above guessing. Red: not told from guessing. Controls have no colour: guessing is their part.</small></p>" if rows else ""
     return f'<div class="verdict"><table><thead><tr><th>encoder and score</th>{head}</tr></thead><tbody>{body}</tbody></table>{told}{legend}</div>'
 
 # %% ../../nbs/lab/side_by_side.ipynb #ae5c7690

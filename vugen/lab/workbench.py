@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_SIZE', 'STARTER_CAPTIONS', 'PHOTOGRAPH_CAPTIONS', 'KINDS', 'HEADLINES', 'Starter', 'draw_caption', 'starters',
-           'Verdict', 'first_cell', 'listed', 'folded', 'verdict_table', 'judge', 'true_of', 'with_foils',
+           'Verdict', 'first_cell', 'listed', 'folded', 'verdict_table', 'judge', 'true_of', 'with_foils', 'beyond',
            'Reconstruction', 'Workbench', 'headlines', 'headline_table']
 
 # %% ../../nbs/lab/workbench.ipynb #8d8061f1
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from ..data.foils import caption_foils
 from ..data.images import load_image, sample_photographs, to_pil, to_tensor
-from ..data.scenes import Scene, holds, parse, render, scene_from_caption
+from ..data.scenes import CONVERSE, NUMBERS, Facts, Scene, World, holds, named_attributes, parse, plural, render, scene_from_caption
 from ..decode.autoencoder import PixelAutoencoder
 from ..errors import UserError
 from ..evaluate.scene_parser import SceneParser, check, parse_images
@@ -176,6 +176,20 @@ def with_foils(
         if kind != "add-attribute" and not true_of(scene, foil) and foil not in kept.values(): kept[kind] = foil  # two kinds of edit may write the same foil
     return [caption, *kept.values()], ["caption", *kept]
 
+# %% ../../nbs/lab/workbench.ipynb #1fc895a4
+def beyond(
+    told: Facts,  # of `parse`
+    world: World,  # of a training
+) -> list[str]:
+    "What of a caption no scene of the world shows, in its own words: things, colours, attributes, numbers, relations."
+    named, counted, number = named_attributes(world), bool(world.counted), sum(thing.count for thing in told.objects)
+    found = [word for thing in told.objects for word, known in ((thing.name, (*world.shapes, *world.emoji)), (thing.color, world.colors)) if word and word not in known]
+    found += [word for thing in told.objects for kind in ("fill", "size") if (word := getattr(thing, kind)) and kind not in named]
+    many = [f"{NUMBERS[thing.count - 1]} {plural(thing.name)}" for thing in told.objects if thing.count > 1 and not counted]
+    if not many and number > max(world.counts): many = [f"{number} things"]
+    known = {name for each in world.relations for name in (each, CONVERSE.get(each))}
+    return list(dict.fromkeys([*found, *many, *(link.name for link in told.relations if link.name not in known)]))
+
 # %% ../../nbs/lab/workbench.ipynb #50a68d3f
 @dataclass(frozen=True)
 class Reconstruction:
@@ -239,6 +253,11 @@ class Workbench:
         try: parse(prompt), self.generator.vlm.tokenizer.encode([prompt])
         except UserError as error: return str(error)
         return ""
+
+    def never_seen(self, caption: str) -> list[str]:
+        "What of a caption no scene of the checkpoints' training showed, see `beyond`; nothing where it is outside the grammar."
+        try: return beyond(parse(caption), self.parts.world)
+        except UserError: return []
 
     def shows(self, images: torch.Tensor, prompt: str) -> list[bool]:
         "Whether the scene parser finds everything the prompt says in each picture [B, 3, H, W]."
