@@ -389,7 +389,7 @@ FIGURES = {  # name: (title, what the paper's shows, drawer)
     "fig3": ("Figure 3. Metrics over training", "FID-5k, CLIP score and density on StockMix and ImageNet", draw_training),
     "fig4": ("Figure 4. The same prompts drawn by each model", "models trained on StockMix, six prompts", draw_pictures),
     "fig5": ("Figure 5. Sample diversity under one prompt", "models trained on StockMix, two prompts", draw_diversity),
-    "fig6": ("Figure 6. PCA against jointly learned latents", "reconstructions by LDM and PDD; reconstruction FID while the LDM decoder trains; ours: while the PDD trains, and the generator, because an LDM was not trained on PCA latents at this scale", draw_reducers),
+    "fig6": ("Figure 6. PCA against jointly learned latents", "reconstructions by LDM and PDD; reconstruction FID while the LDM decoder trains; ours: while the PDD trains, and the generator", draw_reducers),
     "fig7": ("Figure 7. The reduction ratio against reconstruction and generation", "reconstruction and generation FID on ImageNet, r = 1 … 32", draw_ratio),
     "fig8": ("Figure 8. More prompts drawn by each model", "models trained on StockMix", draw_pictures),
     "fig9": ("Figure 9. Pictures of VUGEN, one for each class", "VUGEN trained on ImageNet; ours: every colour of every shape", draw_pictures),
