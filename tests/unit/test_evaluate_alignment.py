@@ -91,16 +91,42 @@ def test_one_spoiled_line_spoils_no_other(tmp_path):
     folder, rows = save(tmp_path / "drawn"), [json.dumps({"image": f"{number}.png", "prompt": prompt}) for number, prompt in enumerate(PROMPTS)]
     (tmp_path / "a.jsonl").write_text("\n".join([rows[0], rows[1][:-5], json.dumps({"image": "2.png"}), rows[3]]))
     shots, notes = prompted_pictures(folder, tmp_path / "a.jsonl")
-    assert [each.key for each in shots] == ["0.png", "3.png"] and notes["prompts left out"].startswith("2 cannot") and "entry 2, is no JSON" in notes["prompts left out"]
+    assert [each.key for each in shots] == ["0.png", "3.png"] and notes["prompts left out"].startswith("2 pictures or prompts cannot") and "entry 2, is no JSON" in notes["prompts left out"]
 
 
 def test_prompts_beside_pictures_may_be_spoiled(tmp_path):
     folder = save(tmp_path / "drawn")
     for name, content in (("0", b"a star"), ("1", b"\xff\xfe\x00"), ("2", b" \n")): (folder / f"{name}.txt").write_bytes(content)
     shots, notes = prompted_pictures(folder)
-    assert [(each.key, each.prompt) for each in shots] == [("0.png", "a star")] and "1.txt cannot be read as text" in notes["prompts left out"] and notes["prompts left out"].startswith("2 ")
+    assert [(each.key, each.prompt) for each in shots] == [("0.png", "a star")] and "1.txt cannot be read as text" in notes["prompts left out"] and notes["prompts left out"].startswith("3 ")
     (folder / "0.txt").unlink()
     with pytest.raises(UserError, match="1.txt cannot be read"): prompted_pictures(folder)
+
+
+def test_every_kind_of_picture_has_its_prompt_beside_it_and_what_lacks_one_is_told(tmp_path):
+    for place, name in enumerate(("a.png", "b.PNG", "c.tif", "d.bmp")):
+        PICTURES[place].save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a star")
+    PICTURES[0].save(tmp_path / "lonely.png"); (tmp_path / "empty.txt").write_text("a heart")
+    shots, notes = prompted_pictures(tmp_path)
+    assert [each.key for each in shots] == ["a.png", "b.PNG", "c.tif", "d.bmp"] and notes["prompts left out"].startswith("2 ") and "empty.txt stands beside no picture" in notes["prompts left out"]
+
+
+def test_a_prompt_without_line_or_pictures_is_told(tmp_path):
+    for number, line in enumerate((True, False, True)):
+        (folder := tmp_path / f"{number:05d}" / "samples").mkdir(parents=True)
+        if line: (folder.parent / "metadata.jsonl").write_text(json.dumps({"prompt": "a photo of a star"}))
+        if number < 2: PICTURES[0].save(folder / "00000.png")
+    shots, notes = prompted_pictures(tmp_path)
+    assert [each.key for each in shots] == ["00000/samples/00000.png"] and notes["prompts left out"].startswith("2 ") and "00001 has no metadata.jsonl" in notes["prompts left out"]
+
+
+def test_a_name_that_is_not_utf8_is_scored_and_found_again(tmp_path, clip):
+    import os
+    name = os.fsdecode(b"caf\xe9")
+    PICTURES[0].save(tmp_path / f"{name}.png"); (tmp_path / f"{name}.txt").write_text("a star")
+    shots, store = prompted_pictures(tmp_path)[0], JudgementStore(tmp_path / "a.parquet")
+    assert run_clip_score(shots, clip, store)[0] == run_clip_score(shots, None, store)[0]
 
 
 def test_an_empty_line_of_geneval_is_named(tmp_path):

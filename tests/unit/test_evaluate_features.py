@@ -1,4 +1,5 @@
 "Features of folders: what is read, left out, kept, refused; and statistics of a reference."
+import os
 import pickle
 
 import numpy as np
@@ -154,3 +155,29 @@ class Distrusted:
 
 
 def _run(): Distrusted.ran = True
+
+
+def test_a_kill_costs_seconds_and_not_the_run(folder, tmp_path, monkeypatch):
+    seen, now = [], [0.0]
+    monkeypatch.setattr("vugen.evaluate.features.time.monotonic", lambda: now[0])
+    def slow(pixels):
+        if len(seen) == 5: os._exit(9)  # as SIGKILL ends it: nothing runs afterwards
+        seen.extend(pixels)
+        now[0] += 6
+        return small(pixels)
+    child = os.fork()
+    if not child: folder_features(toy(slow), folder, batch_size=1, cache=tmp_path / "known"); os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert folder_features(toy(), folder, cache=tmp_path / "known").extracted <= 4
+
+
+@pytest.mark.parametrize("wrong", [{"n": "thirty"}, {"n": "-5"}, {"n": "1"}, {"names": "[broken"}, {"names": "3"}, {"covariance": -1}])
+def test_statistics_that_cannot_be_are_refused(tmp_path, wrong):
+    from safetensors.numpy import load_file, save_file
+    values = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    about = {"format": "vugen reference statistics 1", "n": "9", "extractor": "toy", "fingerprint": "0", "resize": "none", "names": "null", **{key: value for key, value in wrong.items() if key != "covariance"}}
+    mean, covariance = moments(values)
+    save_file({"mean": mean, "covariance": covariance * wrong.get("covariance", 1)}, tmp_path / "s.safetensors", about)
+    with pytest.raises(UserError, match="s.safetensors"): ReferenceStatistics.load(tmp_path / "s.safetensors")
+    save_file(load_file(tmp_path / "s.safetensors") | {"covariance": covariance}, tmp_path / "s.safetensors", {**about, "n": "9", "names": "null"})
+    assert ReferenceStatistics.load(tmp_path / "s.safetensors").n == 9

@@ -116,12 +116,18 @@ def test_folders_and_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="has no line in the list of 2"): read_folder(folder, items[:2])
     (folder / "00000" / "metadata.jsonl").unlink()
     assert read_folder(folder, items)[0][0].item == items[0]
-    with pytest.raises(UserError, match="no metadata.jsonl"): read_folder(folder)
+    shots, notes = read_folder(folder)
+    assert {shot.number for shot in shots} == {1, 2, 3} and "00000 has no metadata.jsonl" in notes["prompts left out"]
     (folder / "00000" / "metadata.jsonl").write_text('{"tag": "colors", ')
     for known in (None, items):
         shots, notes = read_folder(folder, known)
         assert len(shots) == 5 and {shot.number for shot in shots} == {1, 2, 3} and "1 cannot be read" in notes["prompts left out"] and "00000/metadata.jsonl" in notes["prompts left out"]
     assert notes["missing pictures"].startswith("5 of 10")
+    shots, notes = read_folder(folder, items, 2) # nothing is missing of what was not asked for
+    assert {shot.number for shot in shots} == {1} and "missing pictures" not in notes
+    (folder / "00003" / "samples" / "00005.png").symlink_to(tmp_path / "nowhere.png"); (folder / "00003" / "samples" / "00006.png").mkdir()
+    shots, notes = read_folder(folder)
+    assert sum(shot.number == 3 for shot in shots) == 2 and notes["no files"].startswith("2 names") and "00003/samples/00005.png" in notes["no files"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="GenEval's layout"): read_folder(tmp_path / "empty")
 
@@ -160,6 +166,7 @@ def test_unknown_classes_unread_colours_and_broken_pictures(tmp_path):
     rows, notes = run_geneval(shots, Blind(), None, JudgementStore(tmp_path / "a.parquet"))
     assert "2 of 4 pictures" in notes["unknown classes"] and "tv" in notes["unknown classes"] and "00000.png" in notes["pictures left out"] and "two_object" in notes["tags"]
     assert [(row["category"], row["n"]) for row in rows if row["n"]] == [("single_object", 1), ("all", 1), ("all", 1)]
+    assert run_geneval(shots, None, None, JudgementStore(tmp_path / "a.parquet")) == (rows, notes) # what was left out is left out again
     with pytest.raises(UserError, match="knows none of the classes"): run_geneval(shots[2:], Blind(), None, JudgementStore(tmp_path / "b.parquet"))
     with pytest.raises(UserError, match="asks for a colour"): run_geneval(read_folder(lay_out(tmp_path / "red", [LINES["colors"]]))[0], Blind(), None, JudgementStore(tmp_path / "c.parquet"))
     with pytest.raises(UserError, match="no picture could be judged"): geneval_rows([{"correct": None, "problem": "all broken"}])

@@ -63,3 +63,17 @@ def test_a_mean_over_pairs_holds_the_known_mean_difference_of_a_normal_distribut
     assert found.value == pytest.approx(table[np.triu_indices(10, 1)].mean())
     for wrong in (table[:2, :2], table[:3], np.full((4, 4), np.nan)):
         with pytest.raises(UserError): intervals.pairwise_mean(wrong)
+
+
+@pytest.mark.parametrize("judge", ["manifold_scores", "kernel_distance", "subset_kid", "cmmd", "frechet_distance", "FrechetTo", "moments"])
+def test_features_that_are_not_finite_are_refused_by_every_metric(judge):
+    from vugen.evaluate import fidelity, kernels, manifolds, reference
+    good = np.random.default_rng(0).normal(size=(5000, 8)).astype(np.float32)
+    bad = good.copy()
+    bad[4321, 2] = np.nan
+    call = next(getattr(module, judge) for module in (manifolds, kernels, fidelity, reference) if hasattr(module, judge))
+    for first, second in ((bad, good), (good, bad)):
+        with pytest.raises(UserError, match="row 4321 of 5000 features is not finite"):
+            if judge == "FrechetTo": call(*reference.moments(second[:4000]))(first) if first is bad else call(*reference.moments(second))
+            elif judge == "moments": call(bad)
+            else: call(first, second)

@@ -83,6 +83,57 @@ def test_a_spoiled_drawing_is_left_out_of_its_prompts(folders, capsys):
     assert "1 of 3 generated pictures" in capsys.readouterr().out and {row["n"] for row in rows_of(folders / "rows.json") if row["images"] == "generated"} == {2}
 
 
+def test_what_has_no_partner_is_told(folders, capsys):
+    for words in (["--metrics", "rfid", "psnr", "--extractor", "efficientnet:32", "--no-intervals"], []):
+        (folders / "drawn" / "5.png").rename(folders / "drawn" / f"extra-{len(words)}.png")
+        assert call("evaluate", folders / "drawn", "--reference", folders / "real", *words) == 0
+        told = capsys.readouterr().out
+        assert "1 of 24 pictures have no original" in told and "7 of 30 originals have no picture" in told
+        (folders / "drawn" / f"extra-{len(words)}.png").rename(folders / "drawn" / "5.png")
+
+
+def test_a_prompt_outside_the_grammar_is_left_out(folders, capsys):
+    rows = [{"image": f"{place}.png", "prompt": prompt} for place, prompt in enumerate(("a red circle", "somebody at a window", "a red star"))]
+    (folders / "drawn" / "generate.json").write_text(json.dumps({"run": {}, "rows": rows}))
+    assert call("evaluate", folders / "drawn", "--json", folders / "rows.json") == 0
+    assert "1 of 3 prompts" in capsys.readouterr().out and {row["n"] for row in rows_of(folders / "rows.json") if row["images"] == "generated"} == {2}
+    (folders / "drawn" / "generate.json").write_text(json.dumps({"run": {}, "rows": rows[1:2]}))
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real") == 0 and "It is not measured: " in capsys.readouterr().out
+    (folders / "drawn" / "generate.json").write_text(json.dumps({"run": {}, "rows": [{"image": "0.png", "prompt": 3}]}))
+    assert call("evaluate", folders / "drawn") == 2 and "generate.json cannot be read" in capsys.readouterr().err
+
+
+def test_linked_folders_are_searched_once(folders):
+    (folders / "few").mkdir()
+    Image.new("RGB", (9, 9)).save(folders / "few" / "own.png")
+    (folders / "few" / "sub").symlink_to(folders / "real"); (folders / "few" / "loop").symlink_to(folders / "few")
+    assert call("evaluate", "--images", folders / "few", "--reference", folders / "real", "--metrics", "fid", "--extractor", "efficientnet:32", "efficientnet:032", "--no-intervals", "--json", folders / "rows.json") == 0
+    assert [(row["n"], row["images"]) for row in rows_of(folders / "rows.json")] == [(31, "few")]
+
+
+def test_a_folder_has_a_name_where_one_stands_in_it(folders, monkeypatch):
+    monkeypatch.chdir(folders / "drawn")
+    assert call("evaluate", "--images", ".", "--reference", "../real", "--metrics", "psnr", "--json", folders / "rows.json") == 0
+    assert {(row["images"], row["reference"]) for row in rows_of(folders / "rows.json")} == {("drawn", "real")}
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--metrics psnr --k 3", "--k goes with"), ("--metrics fid --subsets 2", "--subsets goes with"), ("--metrics fid --perceptual none", "--perceptual goes with"), ("--metrics psnr --extractor efficientnet:64", "--extractor goes with"),
+    ("--metrics fid --keep-features", "--save-statistics"), ("--metrics fid --root nowhere", "--root goes with"), ("--save-statistics here/p.png", ".safetensors"), ("--suite geneval --before detector:x", "--before goes with"),
+    ("--suite clipscore --reference nowhere", "--reference goes with"), ("--suite clipscore --root nowhere", "--root goes with"), ("--suite dpg --seed 9", "--seed goes with"), ("--suite geneval --batch-size 3", "--batch-size goes with"),
+    ("--suite mme --items elsewhere", "two places"), ("--suite scenes --prove-frozen", "--prove-frozen goes with")])
+def test_an_option_that_nothing_looks_at_is_refused(folders, capsys, words, said):
+    words = words.split()
+    sets = ["--reference", folders / "real"] if "--suite" not in words else []
+    assert call("evaluate", folders / "drawn", *sets, *words) == 2 and said in (told := capsys.readouterr().err) and told.count("\n") == 1
+
+
+def test_ssim_of_small_pictures_leaves_psnr_alone(folders, capsys):
+    for folder in ("drawn", "real"): Image.effect_noise((8, 8), 40).convert("RGB").save(folders / folder / "0.png")
+    assert call("evaluate", folders / "drawn", "--reference", folders / "real", "--metrics", "psnr", "ssim", "--json", folders / "rows.json") == 0
+    assert {row["metric"]: row["n"] for row in rows_of(folders / "rows.json")} == {"PSNR": 24, "SSIM": 23} and "0.png has no SSIM" in capsys.readouterr().out
+
+
 def test_one_pair_has_no_interval(folders):
     for path in list((folders / "drawn").iterdir())[1:]: path.unlink()
     assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "psnr", "--json", folders / "rows.json") == 0
@@ -95,7 +146,7 @@ def test_reconstructions(folders, capsys):
     assert call("evaluate", "--images", folders / "drawn", "--reference", folders / "real", "--metrics", "rfid", "psnr", "ssim", "lpips", "--extractor", "efficientnet:32", "--json", folders / "rows.json") == 0
     found = {row["metric"]: row for row in rows_of(folders / "rows.json")}
     assert found["PSNR"]["n"] == 24 and found["reconstruction Fréchet-EfficientNet-Lite0@32"]["n_reference"] == 25 and "EfficientNet-Lite0 feature distance" in found and "LPIPS" not in "".join(found)
-    assert "1 pairs" in (told := capsys.readouterr().out) and "29.png has 9×9" in told
+    assert "1 comparison:" in (told := capsys.readouterr().out) and "29.png has 9×9" in told
 
 
 def test_only_statistics(folders):
@@ -132,8 +183,9 @@ def test_what_few_pictures_allow_is_measured_and_the_rest_is_told(folders, capsy
     assert call(*words) == 0
     found, told = {row["metric"].split("-")[0] for row in rows_of(folders / "rows.json")}, capsys.readouterr().out
     assert found == {"Fréchet", "kernel"} and "density-EfficientNet-Lite0@32: It is not measured: k is 5 and there are 4 pictures" in told
+    words = [*words[:words.index("--subsets")], *words[words.index("--subsets") + 2:]]
     assert call(*words, "--metrics", "psnr", "rfid", "density") == 0
-    assert {row["metric"] for row in rows_of(folders / "rows.json")} >= {"PSNR", "reconstruction Fréchet-EfficientNet-Lite0@32"} and "2 of 4 pictures: real holds no original" in capsys.readouterr().out
+    assert {row["metric"] for row in rows_of(folders / "rows.json")} >= {"PSNR", "reconstruction Fréchet-EfficientNet-Lite0@32"} and "2 of 4 pictures have no original" in capsys.readouterr().out
 
 
 def test_a_statistics_file_without_features_still_serves_for_fid(folders, capsys):

@@ -71,7 +71,15 @@ def test_mistakes_are_one_sentence(root, monkeypatch, capsys, words, why):
     assert stop.value.code == 2 and why in said and len(said.splitlines()) == 1
 
 
+def test_two_spellings_are_one_model(root, monkeypatch, capsys):
+    monkeypatch.setenv("VUGEN_CACHE", str(root / "cache")); monkeypatch.chdir(root)
+    for one, two in (("after", "./after"), ("after", str(root / "after")), ("before/../after", "after")):
+        with pytest.raises(SystemExit) as stop: main(["evaluate", "mme", "--suite", "mme", "--model", f"likelihood:{one}", "--before", f"likelihood:{two}"])
+        assert stop.value.code == 2 and "name two states" in capsys.readouterr().err
+
+
 def test_short_names_tell_models_apart():
+    assert short_names(["likelihood:/vlm", "likelihood:/a/vlm"]) == ["likelihood:vlm", "likelihood:a/vlm"]
     assert short_names(["likelihood:a/vlm"]) == ["likelihood:vlm"] and short_names(["likelihood:a/vlm", "likelihood:b/vlm"]) == ["likelihood:a/vlm", "likelihood:b/vlm"] and short_names(["frequent"]) == ["frequent"]
 
 

@@ -78,6 +78,23 @@ def test_a_kill_between_pictures_and_record_leaves_no_piece(call, fake, monkeypa
     assert call(*words)[0] == 0 and fake[-1] == "VUGEN"
 
 
+@pytest.mark.parametrize("path, content", [("vugen.png", b"\x89PNG\r\n"), ("vugen.png", b""), ("vugen.json", b"[1, 2]"), ("vugen.json", b"{"), ("vugen.json", b'{"spec": 3}')])
+def test_a_damaged_piece_is_painted_again(call, fake, tmp_path, path, content):
+    words = ("figure", "fig4", "--preset", "smoke", "--root", ROOT, "--out", tmp_path / "figures")
+    assert call(*words)[0] == 0
+    before = len(fake)
+    (tmp_path / "figures/fig4/pieces" / path).write_bytes(content)
+    assert call(*words)[0] == 0 and fake[before:] == [("VUGEN", 0)] and read_stored(tmp_path / "figures/fig4").cells
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"ablation": "ratio"}', "{"])
+def test_a_plan_of_something_else_is_one_sentence(call, tmp_path, content):
+    (tmp_path / "runs/guidance").mkdir(parents=True)
+    (tmp_path / "runs/guidance/plan.json").write_text(content)
+    code, said = call("figure", "fig10", "--runs", tmp_path / "runs", "--out", tmp_path / "figures")
+    assert code == 2 and "runs/guidance" in said.err and said.err.count("\n") == 1 and "--out" not in said.err
+
+
 def test_what_a_root_lacks_is_named_with_its_command(call, fake, tmp_path):
     out = tmp_path / "figures"
     code, said = call("figure", "fig4", "--preset", "smoke", "--root", ROOT, "--out", out)

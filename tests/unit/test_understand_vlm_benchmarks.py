@@ -321,3 +321,9 @@ def test_a_member_that_could_not_be_asked_takes_its_group():
     records = [record_of(each, "Yes", judge(each, "Yes"), "" if each.key != "color/a/2" else "its picture is broken") for each in questions]
     assert values(records)["color", "accuracy"]["n"] == 1 and "1 of 4 questions" in score_notes(records, "x")["x, not asked"]
     with pytest.raises(UserError, match="broken"): question_rows([{**record, "problem": "it is broken"} for record in records], "x")
+
+
+def test_a_response_need_not_be_a_text(tmp_path):
+    row = {**ask("Math", 1), "response": 5, "image_1": base64.b64encode(png((1, 1, 1))).decode() + " " * 200}
+    (tmp_path / "validation.json").write_text(json.dumps([row, {**row, "id": "validation_Math_2", "response": None}]))
+    assert [each.said for each in read_mmmu(tmp_path / "validation.json").questions] == ["5", None]

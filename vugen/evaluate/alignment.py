@@ -21,6 +21,7 @@ from PIL import Image
 from ..data.images import load_image
 from ..errors import UserError
 from .dpg_bench import samples_of
+from .features import PICTURES
 from .judgements import Job, JudgementStore, clustered_mean, digest_of, judged
 from ..paths import visible
 
@@ -124,19 +125,28 @@ def _generated(folder): # what `vugen generate` wrote; DPG-Bench's files hold fo
 
 def _foldered(folder): # GenEval's layout
     def pictures(path):
-        prompt = _field((_rows(path) or [None])[0], "prompt", f"{path}")
-        return [PromptedPicture(sample, prompt, sample.relative_to(folder).as_posix()) for sample in sorted((path.parent / "samples").glob("[0-9]*.png"))]
-    return _kept(partial(pictures, path) for path in sorted(folder.glob("[0-9]*/metadata.jsonl")))
+        if not (path / "metadata.jsonl").is_file(): raise UserError(f"{path} has no metadata.jsonl: copy the line of its prompt there.")
+        prompt = _field((_rows(path / "metadata.jsonl") or [None])[0], "prompt", f"{path / 'metadata.jsonl'}")
+        samples = sorted((path / "samples").glob("[0-9]*.png"))
+        if not samples: raise UserError(f"{path} has no samples/0000.png and so on: draw its pictures.")
+        return [PromptedPicture(sample, prompt, sample.relative_to(folder).as_posix()) for sample in samples]
+    if not any(folder.glob("[0-9]*/metadata.jsonl")): return [], []
+    return _kept(partial(pictures, path) for path in sorted(folder.glob("[0-9]*")) if path.is_dir() and path.name.isdigit())
 
 def _beside(folder): # NAME.txt with the prompt beside NAME.png
+    pictures = {}
+    for path in visible(folder, "*"):
+        if path.suffix.lower() in PICTURES and path.is_file(): pictures.setdefault(path.stem, path)
+    texts = visible(folder, "*.txt")
     def picture(path):
-        found = next((path.with_suffix(suffix) for suffix in (".png", ".jpg", ".jpeg", ".webp") if path.with_suffix(suffix).is_file()), None)
-        if not found: return []
+        found = pictures.get(path.stem)
+        if not found: raise UserError(f"{path} stands beside no picture of its name: put {path.stem}.png there.")
         try: prompt = " ".join(path.read_text(encoding="utf-8").split())
         except (OSError, UnicodeDecodeError) as error: raise UserError(f"{path} cannot be read as text ({error}): write the prompt of {found.name} there.") from error
         if not prompt: raise UserError(f"{path} is empty: write what {found.name} was drawn for.")
         return [PromptedPicture(found, prompt, found.name)]
-    return _kept(partial(picture, path) for path in visible(folder, "*.txt"))
+    found, wrong = _kept(partial(picture, path) for path in texts)
+    return found, wrong + [f"{path} has no {path.stem}.txt beside it: write its prompt there." for stem, path in pictures.items() if found and stem not in {text.stem for text in texts}]
 
 def prompted_pictures(
     folder: str | Path,
@@ -150,7 +160,7 @@ def prompted_pictures(
     else: found, wrong = next((told for told in (_foldered(folder), _beside(folder)) if any(told)), ([], []))
     if wrong and not found: raise UserError(wrong[0])
     if not found: raise UserError(f"{folder} does not tell which picture was drawn for which prompt: name a list with --items (.jsonl, .json or .csv with image and prompt), or put NAME.txt beside NAME.png.")
-    return found, {"prompts left out": f"{len(wrong)} cannot be read, with their pictures; the rest is scored. The first: {wrong[0]}"} if wrong else {}
+    return found, {"prompts left out": f"{len(wrong)} pictures or prompts cannot be used; the rest is scored. The first: {wrong[0]}"} if wrong else {}
 
 # %% ../../nbs/evaluate/alignment.ipynb #7991c8ad
 def _judge_cosines(matcher, prefix):

@@ -14,7 +14,7 @@ import torch
 
 from ..data.images import psnr
 from ..errors import UserError
-from .intervals import Estimate, item_mean, mean_interval, student_quantile
+from .intervals import Estimate, check_finite, item_mean, mean_interval, student_quantile
 from .reference import moments
 
 # %% ../../nbs/evaluate/fidelity.ipynb #94bad157
@@ -42,6 +42,7 @@ def frechet_distance(
     first, second = (np.asarray(values, dtype=np.float64) for values in (features, reference))
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1] or min(len(first), len(second)) < 2:
         raise UserError(f"features of shapes {first.shape} and {second.shape} cannot be compared: give [N, D] and [M, D] with N, M ≥ 2.")
+    check_finite(first, second)
     covariance = [np.atleast_2d(np.cov(values, rowvar=False)) for values in (first, second)]
     root = symmetric_root(covariance[0])
     shared = np.sqrt(np.linalg.eigvalsh(root @ covariance[1] @ root).clip(0)).sum()
@@ -63,6 +64,7 @@ class FrechetTo:
         "Heusel et al. 2017, equation 6"
         if features.ndim != 2 or features.shape[1] != len(self.mean) or len(features) < 2:
             raise UserError(f"features of shape {features.shape} cannot be compared with a reference of {len(self.mean)} features: give at least 2 pictures, and the same extractor.")
+        check_finite(features)
         mean = features.mean(0, dtype=np.float64)
         spread, shared = self._few(features, mean) if len(features) <= features.shape[1] else self._many(features)
         return max(0.0, float(np.square(mean - self.mean).sum() + spread + np.trace(self.covariance) - 2 * shared))

@@ -190,23 +190,28 @@ def _own_item(folder):
 def read_folder(
     folder: str | Path, # of GenEval's layout
     items: Sequence[GenEvalItem] | None = None, # the whole list, which tells what is missing; without it the folders' own lines
+    limit: int | None = None, # the first so many prompts; all if none
 ) -> tuple[list[Shot], dict[str, str]]: # pictures, notes
     "The pictures that are there, and in words what is missing"
     folder = Path(folder).expanduser()
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds 00000/samples/0000.png and so on.")
-    shots, broken = [], {}
+    shots, broken, odd = [], {}, []
     for number, path in sorted((int(path.name), path) for path in folder.iterdir() if path.is_dir() and path.name.isdigit()):
         if items is not None and number >= len(items): raise UserError(f"{path} has no line in the list of {len(items)} prompts: give the list that the pictures were drawn from.")
+        if limit is not None and number >= limit: continue
         try: own = _own_item(path)
         except UserError as error: broken[path.name] = str(error); continue
         if items is not None and own and own != items[number]: raise UserError(f"{path} was drawn for {own.prompt!r}, and the list has {items[number].prompt!r} there: give the list that the pictures were drawn from.")
         item = own or (items[number] if items is not None else None)
-        if item is None: raise UserError(f"{path} has no metadata.jsonl: copy the line of its prompt there, or name the list with --items.")
-        shots += [Shot(number, sample, item, sample.relative_to(folder).as_posix()) for sample in sorted((path / "samples").glob("*.png")) if sample.stem.isdigit()]
+        if item is None: broken[path.name] = f"{path} has no metadata.jsonl: copy the line of its prompt there, or name the list with --items."; continue
+        samples = [sample for sample in sorted((path / "samples").glob("*.png")) if sample.stem.isdigit()]
+        odd += [sample.relative_to(folder).as_posix() for sample in samples if not sample.is_file()]
+        shots += [Shot(number, sample, item, sample.relative_to(folder).as_posix()) for sample in samples if sample.is_file()]
     if broken and not shots: raise UserError(next(iter(broken.values())))
-    if not shots: raise UserError(f"{folder} holds no pictures in GenEval's layout: expected 00000/samples/0000.png and so on.")
+    if not shots: raise UserError(f"{folder} holds no pictures{f' of the first {limit} prompts' if limit else ''} in GenEval's layout: expected 00000/samples/0000.png and so on.")
     notes = {"prompts left out": f"{len(broken)} cannot be read, with their pictures; the rest is measured. The first: {next(iter(broken.values()))}"} if broken else {}
-    return shots, {**notes, **_missing(shots, None if items is None else len(items) - len(broken))}
+    if odd: notes["no files"] = f"{len(odd)} names of pictures lead to no file, the first: {odd[0]}; the rest is measured."
+    return shots, {**notes, **_missing(shots, None if items is None else len(items[:limit]) - len(broken))}
 
 def _missing(shots, prompts): # prompts that should have pictures; None: those that have some
     counts = {}
@@ -263,13 +268,18 @@ def _columns(image, things, item, colors, rules):
     return {"correct": judgement.correct, "reason": judgement.reason, "details": json.dumps({"boxes": details, "colors": named})}
 
 def _sighted(shots, detector, colors):
-    "Pictures whose prompts can be judged, and a note on the others."
+    "Pictures whose prompts can be judged, and the classes that the others ask for."
     if colors is None and (lost := next((shot for shot in shots if any(each.color for each in shot.item.include)), None)): raise UserError(f"the prompt {lost.item.prompt!r} asks for a colour: name what tells colours, such as clip:FOLDER.")
-    if detector.classes is None: return shots, {}
-    unknown = {each.label for shot in shots for each in (*shot.item.include, *shot.item.exclude) if class_name(each.label) not in detector.classes}
-    kept = [shot for shot in shots if not any(each.label in unknown for each in (*shot.item.include, *shot.item.exclude))]
-    if not kept: raise UserError(f"{detector.name} knows none of the classes that the prompts ask for (first: {sorted(unknown)[0]}): name a detector that was trained on them.")
-    return kept, {"unknown classes": f"{len(shots) - len(kept)} of {len(shots)} pictures are left out, because {detector.name} knows no {', '.join(sorted(unknown)[:5])}{' …' if len(unknown) > 5 else ''}."} if unknown else {}
+    if detector.classes is None: return shots, []
+    unknown = sorted({each.label for shot in shots for each in (*shot.item.include, *shot.item.exclude) if class_name(each.label) not in detector.classes})
+    kept = _without(shots, unknown)
+    if not kept: raise UserError(f"{detector.name} knows none of the classes that the prompts ask for (first: {unknown[0]}): name a detector that was trained on them.")
+    return kept, unknown
+
+def _without(shots, unknown): return [shot for shot in shots if not any(each.label in unknown for each in (*shot.item.include, *shot.item.exclude))]
+
+def _of_unknown(unknown, kept, shots, name):
+    return {"unknown classes": f"{len(shots) - len(kept)} of {len(shots)} pictures are left out, because {name} knows no {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}."} if unknown else {}
 
 # %% ../../nbs/evaluate/geneval.ipynb #c25762cb
 def geneval_rows(
@@ -299,12 +309,14 @@ def run_geneval(
     progress: Callable | None = None, # called with (pictures done, pictures in all)
 ) -> tuple[list[dict], dict[str, str]]: # rows, notes
     "Judge pictures, resumed from the store; every picture is judged once"
-    notes, about, mark = {}, {}, ""
+    about, mark = store.about(), ""
     if detector:
-        shots, notes = _sighted(shots, detector, colors)
-        about = {"suite": "geneval", "detector": detector.name, "colors": colors.name if colors else None, "rules": asdict(rules)}
+        kept, unknown = _sighted(shots, detector, colors)
+        about = {"suite": "geneval", "detector": detector.name, "colors": colors.name if colors else None, "rules": asdict(rules), "unknown": unknown}
         mark = digest_of("geneval", detector.fingerprint, colors.fingerprint if colors else None, asdict(rules))
-    jobs = [Job(shot.key, digest_of(shot.item.line or shot.item.prompt, shot.path), shot) for shot in shots]
+    else: kept, unknown = _without(shots, about.get("unknown", [])), about.get("unknown", [])
+    notes = _of_unknown(unknown, kept, shots, about.get("detector"))
+    jobs = [Job(shot.key, digest_of(shot.item.line or shot.item.prompt, shot.path), shot) for shot in kept]
     records = judged(store, mark, jobs, _judge_pictures(detector, colors, rules) if detector else None, about, batch_size, progress)
     about = store.about()
     rows, more = geneval_rows(records, detector=about["detector"], colors=about["colors"])

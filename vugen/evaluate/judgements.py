@@ -24,13 +24,17 @@ from ..paths import atomic_path
 __all__ = ['digest_of', 'JudgementStore', 'Job', 'replayed', 'judged', 'clustered_share', 'clustered_mean', 'mean_of_estimates']
 
 # %% ../../nbs/evaluate/judgements.ipynb #de7621fe
+def _content(path):
+    try: return path.read_bytes()
+    except OSError: return b"cannot be read"
+
 def digest_of(
     *parts, # whatever can be written as JSON; bytes and files too
 ) -> str: # 16 hex digits
-    "What identifies things: values as JSON, `Path`s by the bytes of their files"
+    "What identifies things: values as JSON, `Path`s by the bytes of their files (one that cannot be read has a digest too, until its judge says why)"
     total = hashlib.sha256()
     for part in parts:
-        plain = part if isinstance(part, bytes) else part.read_bytes() if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()
+        plain = part if isinstance(part, bytes) else _content(part) if isinstance(part, Path) else json.dumps(part, sort_keys=True).encode()
         total.update(len(plain).to_bytes(8, "big") + plain)
     return total.hexdigest()[:16]
 
@@ -83,6 +87,8 @@ class Job:
     key: str # names it for ever
     digest: str # of what is judged
     payload: object = None # what the judge needs
+
+    def __post_init__(self): object.__setattr__(self, "key", self.key.encode("utf-8", "backslashreplace").decode()) # a file's name need not be UTF-8, a table's text must
 
 def _known(store, mark): return {(record["key"], record["digest"]): record for record in store.read() if record["mark"] == mark}
 

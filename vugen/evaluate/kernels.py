@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import UserError
-from .intervals import Estimate
+from .intervals import Estimate, check_finite
 
 # %% ../../nbs/evaluate/kernels.ipynb #17c51754
 def polynomial_kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:  # [A, D], [B, D] float64; [A, B]
@@ -76,9 +76,10 @@ def kernel_distance(
 
 
 def check_sets(features, reference, least=3):
-    "Refuse sets that are too small or of different extractors"
+    "Refuse sets that are too small, of different extractors or not finite"
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]: raise UserError(f"features of shapes {features.shape} and {reference.shape} cannot be compared: use the same extractor for both.")
     if min(len(features), len(reference)) < least: raise UserError(f"a kernel distance needs at least {least} pictures in each set, not {len(features)} and {len(reference)}: give more.")
+    check_finite(features, reference)
 
 # %% ../../nbs/evaluate/kernels.ipynb #95d9d050
 def subset_kid(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .intervals import Estimate, wilson
+from .intervals import Estimate, check_finite, wilson
 
 # %% ../../nbs/evaluate/manifolds.ipynb #a664795c
 TILE = 2048  # rows of a tile
@@ -190,6 +190,7 @@ def manifold_scores(
     "Precision, recall, density and coverage, the same as those of the package prdc"
     check_k(k, len(features), "pictures"); check_k(k, len(reference), "reference pictures")
     if features.shape[1] != reference.shape[1]: raise UserError(f"features of {features.shape[1]} and {reference.shape[1]} numbers cannot be compared: use the same extractor for both.")
+    check_finite(features, reference)
     told = lambda what: (lambda done, total: progress(what, done, total)) if progress else None
     radii = neighbour_radii(reference, k, told("neighbours of reference pictures")), neighbour_radii(features, k, told("neighbours of pictures"))
     found = ball_counts(reference, features, *radii, told("balls"))

@@ -39,11 +39,14 @@ def picture_pairs(
 
 
 def _compare(ours, theirs, judges, device):
-    "All scores of one pair; a `UserError` where it cannot be read or has two sizes"
+    "{score: value, or the `UserError` of that judge} of one pair; a `UserError` where it cannot be read or has two sizes"
     first, second = (load_image(path, max_side=100_000) for path in (ours, theirs))
     if first.size != second.size: raise UserError(f"{ours} has {first.width}×{first.height} pixels and its original {second.width}×{second.height}: make them one size.")
     images = [to_pixels(picture)[None].to(device) for picture in (first, second)]
-    with torch.no_grad(): return {name: float(judge(*images)) for name, judge in judges.items()}
+    def judged(judge):
+        try: return float(judge(*images))
+        except UserError as error: return error
+    with torch.no_grad(): return {name: judged(judge) for name, judge in judges.items()}
 
 
 def pair_scores(
@@ -51,15 +54,17 @@ def pair_scores(
     judges: dict[str, Callable],  # {name of the score: function of two pictures [1, 3, H, W]}
     device="cpu",
     progress: Callable | None = None,  # called with (pairs done, in all)
-) -> tuple[dict[str, Estimate], dict[str, str], list[str]]:  # {score: mean and interval by bootstrap over pairs, none of a single one}, {name: why it was left out}, names that were compared
-    "Mean scores over pairs; a pair that cannot be compared is left out, and all of them a `UserError`"
+) -> tuple[dict[str, Estimate], dict[str, str], list[str]]:  # {score: mean and interval by bootstrap over pairs, none of a single one}, {pair, or pair and score: why it was left out}, names that were compared
+    "Mean scores over pairs; a pair that cannot be compared is left out, by one judge or by all, and all of them a `UserError`"
     found, left_out, names = {name: [] for name in judges}, {}, []
     for done, (name, (ours, theirs)) in enumerate(pairs.items(), 1):
         try: values = _compare(ours, theirs, judges, device)
         except UserError as error: left_out[name] = str(error)
         else:
             names.append(name)
-            for key, value in values.items(): found[key].append(value)
+            for key, value in values.items():
+                if isinstance(value, UserError): left_out[f"{name}, {key}"] = f"{ours} has no {key}: {value}"
+                else: found[key].append(value)
         if progress: progress(done, len(pairs))
-    if not names: raise UserError(f"No pair of pictures can be compared (first: {next(iter(left_out.values()))})")
-    return {key: item_mean(values) for key, values in found.items()}, left_out, names
+    if not any(found.values()): raise UserError(f"No pair of pictures can be compared (first: {next(iter(left_out.values()))})")
+    return {key: item_mean(values) for key, values in found.items() if values}, left_out, names

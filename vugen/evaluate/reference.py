@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import UserError
 from .features import Extractor, FeatureSet
+from .intervals import check_finite
 from ..paths import atomic_path
 
 # %% ../../nbs/evaluate/reference.ipynb #48221a3e
@@ -26,6 +27,7 @@ def moments(
 ) -> tuple[np.ndarray, np.ndarray]:  # mean [D] and covariance [D, D] with N - 1 below, float64
     "Mean and covariance, in double precision, without a second copy of the features"
     if features.ndim != 2 or len(features) < 2: raise UserError(f"features of shape {features.shape} have no covariance: give at least 2 pictures.")
+    check_finite(features)
     mean = features.mean(0, dtype=np.float64)
     total = np.zeros((features.shape[1],) * 2)
     for start in range(0, len(features), rows):
@@ -91,6 +93,9 @@ def _checked(cls, path, about, tensors):
     good = about.get("format") == FORMAT and {"n", "extractor", "fingerprint", "resize"} <= set(about) and width and tensors.get("covariance", np.zeros(0)).shape == (width, width)
     if not good: raise UserError(f"{path} is no file of statistics that vugen wrote: write one with `vugen evaluate --reference DIR --save-statistics FILE`.")
     if not all(np.isfinite(value).all() for value in tensors.values()): raise UserError(f"{path} holds values that are not finite: write it again.")
+    try: n, names = int(about["n"]), json.loads(about.get("names", "null"))
+    except ValueError: n, names = 0, None
+    if n < 2 or not (names is None or isinstance(names, list)) or (np.diag(tensors["covariance"]) < 0).any(): raise UserError(f"{path} tells of {about['n'][:20]} pictures, or of names or variances that cannot be: write it again.")
     features = tensors.get("features")
-    if features is not None and features.shape != (int(about["n"]), width): raise UserError(f"{path} tells of {about['n']} pictures and holds features of shape {features.shape}: write it again.")
-    return cls(tensors["mean"], tensors["covariance"], int(about["n"]), about["extractor"], about["fingerprint"], about["resize"], features, json.loads(about.get("names", "null")), str(path))
+    if features is not None and features.shape != (n, width): raise UserError(f"{path} tells of {n} pictures and holds features of shape {features.shape}: write it again.")
+    return cls(tensors["mean"], tensors["covariance"], n, about["extractor"], about["fingerprint"], about["resize"], features, names, str(path))

@@ -667,6 +667,8 @@ def run_verb(words):
 def main(words=None):  # default: sys.argv
     "The program `vugen`: exit code 0, 2 after a mistake that one sentence explains, 130 after an interrupt."
     words = sys.argv[1:] if words is None else list(words)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         if not words or words[0] in ("-h", "--help", "help"): print(overview()); code = 0 if words else 2
         elif words[0] in ("-V", "--version"): import vugen; print(f"vugen {vugen.__version__}"); code = 0

@@ -16,8 +16,9 @@ from ..errors import UserError
 from .terminal import Counter, check_number, check_target, note_of_unreadable, pick_device, pictures_in, readable_images, report, root_of, run_record
 
 # %% auto #0
-__all__ = ['SUITES', 'OF_SETS', 'OF_SUITES', 'Evaluate', 'refuse', 'run_suite', 'read_prompts', 'other_prompts', 'prompt_rows',
-           'reference_rows', 'open_reference', 'what_can_be', 'set_rows', 'matched', 'pair_rows', 'check_fidelity',
+__all__ = ['SUITES', 'OF_SETS', 'OF_QUESTIONS', 'ABOUT_SCENES', 'OF_SUITES', 'OF_METRICS', 'Evaluate', 'refuse', 'run_suite',
+           'read_prompts', 'in_grammar', 'other_prompts', 'prompt_rows', 'reference_rows', 'open_reference',
+           'what_can_be', 'set_rows', 'label', 'unpaired', 'matched', 'pair_rows', 'check_fidelity', 'check_of_metrics',
            'fidelity']
 
 # %% ../../nbs/lab/evaluate.ipynb #c3f7bf4b
@@ -38,7 +39,7 @@ class Evaluate:
     before: Optional[str] = None  # an earlier state of the model, compared item by item
     prove_frozen: bool = False  # of mme, mmbench, mmmu: train the image tower of --model generator:FOLDER a little and show that the model of --before is in it to the bit
     answers: Optional[Path] = None  # Parquet file that keeps what the model said of every item; a killed run goes on from it
-    limit: Optional[int] = None  # items of the suite; default all
+    limit: Optional[int] = None  # of a suite: prompts, pictures of clipscore; of mme, mmbench, mmmu pictures or questions of each category; default all
     images: Optional[Path] = None  # folder of pictures, with all folders in it, for --metrics; or name it first
     metrics: tuple[str, ...] = ()  # of fid kid density coverage precision recall cmmd, and for files of equal names rfid psnr ssim lpips; with --images default the first six
     extractor: tuple[str, ...] = ("efficientnet",)  # networks that features come from: efficientnet[:SIZE], inception:FILE, inception-clean:FILE, clip:FOLDER_OR_ID, encoder:FOLDER_OR_ID
@@ -60,7 +61,9 @@ class Evaluate:
         sets = bool(self.metrics or self.images or self.save_statistics)
         if self.suite: return run_suite(self, command)
         refuse(self, OF_SUITES, "--suite", "leave it out, or name a suite")
-        if sets: return fidelity(self, command)
+        if sets:
+            refuse(self, ("root",), "a folder that `vugen generate` wrote, or a suite,", "name a checkpoint with --extractor encoder:FOLDER")
+            return fidelity(self, command)
         refuse(self, OF_SETS, "--metrics", "leave it out, or name metrics")
         if not self.folder: raise UserError("There are no pictures: name a folder, as in `vugen evaluate FOLDER --reference FOLDER`.")
         device, prompts = pick_device(self.device), read_prompts(self.folder)
@@ -68,13 +71,16 @@ class Evaluate:
         root = root_of(self.root)
         notes = {} if not prompts or other_prompts(list(prompts.values())) else {"prompts shuffled": "Every picture was drawn for the same prompt: generate some for another one too."}
         rows = []
-        for measure in ([partial(prompt_rows, self.folder, prompts, root)] if prompts else []) + ([partial(reference_rows, self.folder, self.reference)] if self.reference else []):
-            more, why = measure(device)
-            rows, notes = rows + more, notes | why
+        if self.reference: pictures_in(self.folder), pictures_in(self.reference) if not self.reference.expanduser().is_file() else None  # a wrong name ends all, one measure's failing only itself
+        work = {"prompts": partial(prompt_rows, self.folder, prompts, root, device)} if prompts else {}
+        if self.reference: work["reference"] = partial(reference_rows, self.folder, self.reference, device)
+        rows, why = what_can_be(work)
+        notes |= why
         report(self.json, rows, run_record(command, None, root, device, **({"notes": notes} if notes else {})))
 
 
-OF_SETS = ("metrics", "images", "extractor", "save_statistics", "keep_features", "perceptual", "k", "subsets", "subset_size", "intervals")
+OF_SETS = ("metrics", "images", "extractor", "save_statistics", "keep_features", "perceptual", "k", "subsets", "subset_size", "intervals", "batch_size", "seed")
+OF_QUESTIONS, ABOUT_SCENES = ("before", "prove_frozen"), ("scenes", "geneval")  # suites whose judge may stand in --root
 OF_SUITES = ("items", "model", "before", "prove_frozen", "answers", "limit")
 
 
@@ -89,6 +95,9 @@ def run_suite(verb, command):  # Evaluate
     if verb.suite not in SUITES: raise UserError(f"There is no suite {verb.suite!r}: choose one of {', '.join(SUITES)}.")
     if verb.folder is None: raise UserError(f"The suite {verb.suite} needs its file or folder: name it first, as in `vugen evaluate FOLDER --suite {verb.suite}`.")
     refuse(verb, OF_SETS, "--metrics", "leave it out, or leave out --suite")
+    refuse(verb, ("reference",), "--metrics, or a folder without a suite,", "leave it out, or leave out --suite")
+    if not SUITES[verb.suite].startswith("evaluate_vlm"): refuse(verb, OF_QUESTIONS, "--suite mme, mmbench or mmmu", "leave it out")
+    if verb.suite not in ABOUT_SCENES: refuse(verb, ("root",), "--suite scenes or geneval", "leave it out")
     module, function = SUITES[verb.suite].split(":")
     return getattr(importlib.import_module(f"vugen.lab.{module}"), function)(verb, command)
 
@@ -99,13 +108,25 @@ def read_prompts(folder):  # folder of pictures
     if not folder.is_dir(): raise UserError(f"{folder} is not a folder: name one that holds pictures.")
     path = folder / "generate.json"
     if not path.exists(): return {}
-    try: return {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
-    except (ValueError, KeyError, TypeError): raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.") from None
+    try: found = {row["image"]: row["prompt"] for row in json.loads(path.read_text())["rows"]}
+    except (OSError, ValueError, KeyError, TypeError): found = {"": None}
+    if all(isinstance(word, str) and word.strip() for each in found.items() for word in each): return found
+    raise UserError(f"{path} cannot be read as what `vugen generate` writes: generate the pictures again.")
 
 # %% ../../nbs/lab/evaluate.ipynb #f8f34935
+def in_grammar(prompts):
+    "Those that the scene parser can be asked about."
+    from vugen.data.scenes import parse
+    for prompt in prompts:
+        try: parse(prompt)
+        except UserError: continue
+        yield prompt
+
+
 def other_prompts(prompts):  # one a picture
     "For each prompt the next one that says something else, in a circle; empty where all say the same."
     from vugen.data.scenes import parse
+    prompts = list(in_grammar(prompts))
     said = dict(zip((told := [parse(prompt) for prompt in prompts]), prompts))
     if len(said) < 2: return []
     order = list(said)
@@ -119,12 +140,16 @@ def prompt_rows(folder, prompts, root, device):
     from vugen.evaluate.scene_parser import SceneParser, parser_accuracy, prompt_accuracy
     from vugen.understand.scorers import world_of
     parser, counter = SceneParser.from_pretrained(root / "parser").to(device), Counter()
-    images, names, unreadable = readable_images({name: Path(folder).expanduser() / name for name in prompts}, parser.image_size, counter)
+    known = set(in_grammar(prompts.values()))
+    asked = {name: prompt for name, prompt in prompts.items() if prompt in known}
+    if not asked: raise UserError(f"{folder} was drawn for prompts outside the grammar of scenes (first: {next(iter(prompts.values()))!r}): measure it with --suite geneval or clipscore.")
+    free = {f"{len(prompts) - len(asked)} of {len(prompts)} prompts": f"They are outside the grammar of scenes and are left out, the first {next(each for each in prompts.values() if each not in known)!r}."} if len(asked) < len(prompts) else {}
+    images, names, unreadable = readable_images({name: Path(folder).expanduser() / name for name in asked}, parser.image_size, counter)
     images, asked = images.to(device), [prompts[name] for name in names]
     rows = [{"images": "generated", **row} for row in prompt_accuracy(parser, images, asked, progress=partial(counter, "generated pictures"))]
     if others := other_prompts(asked): rows += [{"images": "generated, prompts shuffled", **row} for row in prompt_accuracy(parser, images, others, progress=partial(counter, "shuffled prompts"))]
     rows += parser_accuracy(parser, replace(world_of(root), split="test"), 1_000_003, range(500), images="rendered", progress=partial(counter, "rendered scenes"))
-    return rows, note_of_unreadable(unreadable, len(prompts), "generated pictures")
+    return rows, free | note_of_unreadable(unreadable, len(images) + len(unreadable), "generated pictures")
 
 # %% ../../nbs/lab/evaluate.ipynb #54900207
 def reference_rows(folder, reference, device, size=128):
@@ -140,12 +165,12 @@ def reference_rows(folder, reference, device, size=128):
         places = [(place, their_names.index(name)) for place, name in enumerate(our_names) if name in their_names]
         if not places: raise UserError("no two files have the same name, so nothing is compared picture by picture.")
         first, second = map(list, zip(*places))
-        return [{"metric": "PSNR", **mean_psnr(images[first], originals[second])._asdict()}], {}
+        return [{"metric": "PSNR", **mean_psnr(images[first], originals[second])._asdict()}], unpaired(len(our_names), len(their_names), len(places), "PSNR")
     def frechet_rows():
         row = frechet_row(EfficientNetLite0().to(device), images.to(device), originals.to(device), partial(counter, "features"))
         return [row], singular_note(row["metric"], min(len(images), len(originals)), row["dimension"])
     rows, notes = what_can_be({"PSNR": psnr_rows, "Fréchet distance": frechet_rows})
-    about = {"images": str(folder)}, {"reference": Path(reference).expanduser().resolve().name, "resize": f"middle square, {size}×{size}"}
+    about = {"images": str(folder)}, {"reference": label(reference), "resize": f"middle square, {size}×{size}"}
     return [{**about[0], **row, **about[1]} for row in rows], notes | note_of_unreadable(our_lost, len(ours)) | note_of_unreadable(their_lost, len(theirs), "reference pictures")
 
 # %% ../../nbs/lab/evaluate.ipynb #f1d1a002
@@ -160,8 +185,8 @@ def open_reference(verb, extractor, metrics, progress):  # Evaluate
         found.check(extractor)
         return found, {}
     read = folder_features(extractor, place, verb.batch_size, progress=partial(progress, f"reference, {extractor.name}"))
-    found = ReferenceStatistics.of(read, source=place.name)
-    if verb.save_statistics: (found if verb.keep_features else ReferenceStatistics.of(read, False, place.name)).save(verb.save_statistics)
+    found = ReferenceStatistics.of(read, source=label(place))
+    if verb.save_statistics: (found if verb.keep_features else ReferenceStatistics.of(read, False, label(place))).save(verb.save_statistics)
     return found, {f"reference, {what}": why for what, why in read.note().items()}
 
 # %% ../../nbs/lab/evaluate.ipynb #ee1307c3
@@ -181,13 +206,28 @@ def set_rows(verb, folder, extractor, metrics, progress):  # Evaluate; of pictur
     from vugen.evaluate.features import folder_features
     from vugen.evaluate.scores import ScoreOptions, score_rows
     reference, notes = open_reference(verb, extractor, metrics, progress)
-    if folder is None: return [{"images": verb.reference.name, "metric": "pictures", "value": reference.n, "n": reference.n, "extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint}], notes
+    if folder is None: return [{"images": label(verb.reference), "metric": "pictures", "value": reference.n, "n": reference.n, "extractor": extractor.name, "resize": extractor.resize, "fingerprint": extractor.fingerprint}], notes
     found = folder_features(extractor, folder, verb.batch_size, progress=partial(progress, f"pictures, {extractor.name}"))
     options, others = ScoreOptions(verb.k, verb.subsets, verb.subset_size, verb.seed, verb.intervals), [name for name in metrics if name != "rfid"]
     work = {", ".join(others): lambda: score_rows(found, reference, extractor, others, options, progress)} if others else {}
-    if "rfid" in metrics: work["rfid"] = lambda: score_rows(*matched(found, reference), extractor, ["rfid"], options, progress)
+    def rfid_rows():
+        pairs = matched(found, reference)
+        rows, why = score_rows(*pairs, extractor, ["rfid"], options, progress)
+        return rows, why | unpaired(len(found), reference.n, len(pairs[0]), "rfid")
+    if "rfid" in metrics: work["rfid"] = rfid_rows
     rows, why = what_can_be(work)
-    return [{"images": folder.name, **row} for row in rows], notes | why | found.note()
+    return [{"images": label(folder), **row} for row in rows], notes | why | found.note()
+
+
+def label(folder):  # "." and "..", too
+    "What a folder is called in a row."
+    return Path(folder).expanduser().resolve().name
+
+
+def unpaired(ours, theirs, shared, what):  # pictures, originals, pairs; of which score
+    "Notes on pictures without an original and originals without a picture; empty where all have one."
+    notes = {f"{ours - shared} of {ours} pictures have no original": f"No reference of their name: they are left out of {what}."} if shared < ours else {}
+    return notes | ({f"{theirs - shared} of {theirs} originals have no picture": f"No picture of their name: {what} says nothing of them."} if shared < theirs else {})
 
 
 def matched(found, reference):  # FeatureSet, ReferenceStatistics
@@ -215,11 +255,11 @@ def pair_rows(verb, folder, metrics, device, progress):  # Evaluate
         if judge is None: raise UserError("--perceptual is none: lpips needs a network, such as lpips-vgg:FOLDER.")
         judges[judge.name] = judge.to(device)
     if not verb.reference.expanduser().is_dir(): raise UserError(f"{verb.reference} is no folder: {', '.join(judges)} compare pictures with their originals.")
-    pairs, drawn = picture_pairs(folder, verb.reference), len(picture_files(folder))
+    pairs, drawn, real = picture_pairs(folder, verb.reference), len(picture_files(folder)), len(picture_files(verb.reference))
     scores, left_out, _ = pair_scores(pairs, judges, device, partial(progress, "pairs"))
-    notes = {f"{drawn - len(pairs)} of {drawn} pictures": f"{verb.reference.name} holds no original of the same name, so they are left out of {', '.join(judges)}."} if len(pairs) < drawn else {}
-    notes |= {f"{len(left_out)} pairs": f"They cannot be compared and are left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
-    return [{"images": folder.name, "metric": name, **estimate._asdict(), "reference": verb.reference.expanduser().resolve().name, "resize": "none"} for name, estimate in scores.items()], notes
+    notes = unpaired(drawn, real, len(pairs), ", ".join(judges))
+    notes |= {f"{len(left_out)} comparison{'s' * (len(left_out) > 1)}": f"Not possible and left out. {' '.join(list(left_out.values())[:3])}"} if left_out else {}
+    return [{"images": label(folder), "metric": name, **estimate._asdict(), "reference": label(verb.reference), "resize": "none"} for name, estimate in scores.items()], notes
 
 
 def check_fidelity(verb):  # Evaluate; the folder of pictures or None, names of metrics
@@ -228,12 +268,26 @@ def check_fidelity(verb):  # Evaluate; the folder of pictures or None, names of 
     folder, metrics = verb.images or verb.folder, check_metrics(verb.metrics)
     for option, value, low in (("--k", verb.k, 1), ("--subsets", verb.subsets, 1), ("--subset-size", verb.subset_size, 2), ("--batch-size", verb.batch_size, 1), ("--seed", verb.seed, 0)): check_number(option, value, low)
     check_target(verb.save_statistics)
+    if verb.save_statistics and verb.save_statistics.suffix != ".safetensors": raise UserError(f"--save-statistics is {verb.save_statistics}: name a file that ends in .safetensors.")
     if verb.images and verb.folder: raise UserError(f"There are two folders of pictures, {verb.folder} and {verb.images}: name one.")
     if not verb.reference: raise UserError("There is no reference: name a folder of pictures or a file of statistics with --reference.")
     if not verb.extractor: raise UserError("--extractor is empty: name at least one, such as efficientnet.")
     if len(verb.extractor) > 1 and verb.save_statistics: raise UserError("--save-statistics holds the features of one extractor: name one.")
     if not folder and not verb.save_statistics or metrics and not folder: raise UserError("There are no pictures to measure: name their folder with --images.")
-    return Path(folder).expanduser() if folder else None, metrics or (SET_METRICS[:6] if folder else ())
+    metrics = metrics or (SET_METRICS[:6] if folder else ())
+    check_of_metrics(verb, metrics)
+    return Path(folder).expanduser() if folder else None, metrics
+
+
+_BALLS = ("density", "coverage", "precision", "recall")
+OF_METRICS = {"k": _BALLS, "subsets": ("kid",), "subset_size": ("kid",), "seed": ("fid", "rfid", "kid"), "intervals": ("fid", "rfid"), "perceptual": ("lpips",), "extractor": ("fid", "kid", "cmmd", "rfid", *_BALLS), "batch_size": ("fid", "kid", "cmmd", "rfid", *_BALLS)}
+
+
+def check_of_metrics(verb, metrics):  # Evaluate; names
+    "Refuse an option that none of the metrics looks at."
+    if verb.keep_features and not verb.save_statistics: raise UserError("--keep-features keeps them in the file of --save-statistics: name one, or leave it out.")
+    for name, users in OF_METRICS.items():
+        if not set(users) & set(metrics) and not (verb.save_statistics and name in ("extractor", "batch_size")): refuse(verb, (name,), f"--metrics {' or '.join(users)}", "leave it out")
 
 
 def fidelity(verb, command):  # Evaluate
@@ -244,6 +298,7 @@ def fidelity(verb, command):  # Evaluate
     device, progress = pick_device(verb.device), Counter()
     sets, pairs = [name for name in metrics if name in (*SET_METRICS, "rfid")], [name for name in metrics if name in ("psnr", "ssim", "lpips")]
     extractors = {name: build_extractor(name, device) for name in (verb.extractor if sets or verb.save_statistics else ())}  # all, before hours are spent on the first
+    extractors = {name: each for place, (name, each) in enumerate(extractors.items()) if each.fingerprint not in [other.fingerprint for other in list(extractors.values())[:place]]}  # two spellings of one
     work = {f"{', '.join(sets)} of {name}": partial(set_rows, verb, folder, extractor, sets, progress) for name, extractor in extractors.items()}
     if pairs: work[", ".join(pairs)] = partial(pair_rows, verb, folder, pairs, device, progress)
     rows, notes = what_can_be(work)

@@ -115,9 +115,7 @@ def run_geneval(verb, command):  # Evaluate
     from dataclasses import asdict
     from vugen.evaluate.geneval import Rules, read_folder, read_items, run_geneval
     parts, store = model_parts(verb.model, ("detector", "clip")), answers_of(verb, "geneval")
-    shots, notes = read_folder(verb.folder, read_items(verb.items) if verb.items else None)
-    shots = [shot for shot in shots if verb.limit is None or shot.number < verb.limit]
-    if not shots: raise UserError(f"{verb.folder} holds no picture of the first {verb.limit} prompts: raise --limit.")
+    shots, notes = read_folder(verb.folder, read_items(verb.items) if verb.items else None, verb.limit)
     classes = [each.label for shot in shots for each in (*shot.item.include, *shot.item.exclude)]
     detector, colors = load_judges(parts, classes, verb.root, pick_device(verb.device)) if parts else (None, None)
     rows, more = run_geneval(shots, detector, colors, store, progress=partial(Counter(), "pictures"))
@@ -153,12 +151,10 @@ def run_scenes(verb, command):  # Evaluate
     from vugen.understand.scorers import world_of
     if verb.model: raise UserError("Scenes are judged by the scene parser of --root: leave --model out, or evaluate with --suite geneval.")
     root, device, store, folder = root_of(verb.root), pick_device(verb.device), answers_of(verb, "scenes"), Path(verb.folder).expanduser()
-    shots, notes = read_folder(folder, read_items(verb.items) if verb.items else None)
+    shots, notes = read_folder(folder, read_items(verb.items) if verb.items else None, verb.limit)
     try: drawn = json.loads((folder / "generate.json").read_text())["run"]
     except (OSError, ValueError, KeyError, TypeError): drawn = {}
     settings = drawn.get("settings") or {}
     wording = {"scenes": "world", "scenes-bare": "bare"}.get(settings.get("suite"))
-    shots = [shot for shot in shots if verb.limit is None or shot.number < verb.limit]
-    if not shots: raise UserError(f"{verb.folder} holds no picture of the first {verb.limit} prompts: raise --limit.")
     rows, more = run_scenes(shots, load_parser(root, device), world_of(root), store, wording=wording, progress=partial(Counter(), "pictures"))
     deliver(verb, command, rows, {**notes, **more}, store, root, suite="scenes", pictures={"command": drawn.get("command"), **settings})

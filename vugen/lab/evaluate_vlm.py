@@ -20,18 +20,24 @@ __all__ = ['run_mme', 'run_mmbench', 'run_mmmu', 'short_names', 'load_models', '
 # %% ../../nbs/lab/evaluate_vlm.ipynb #eb5fe745
 def short_names(names):  # KIND:PLACE, one or two
     "What models are called in tables: the kind and as much of the place's end as tells them apart."
-    parts = [(kind, Path(place).expanduser().absolute().parts if place else ()) for kind, _, place in (name.partition(":") for name in names)]
+    parts = [(kind, Path(place).expanduser().absolute().parts[1:] if place else ()) for kind, _, place in (name.partition(":") for name in names)]
     call = lambda depth: [f"{kind}:{'/'.join(place[-depth:])}" if place else kind for kind, place in parts]
     return next((call(depth) for depth in range(1, 9) if len(set(call(depth))) == len(set(names))), call(9))
 
 # %% ../../nbs/lab/evaluate_vlm.ipynb #f2ada6b6
+def _place_of(name):  # KIND:PLACE
+    "The same for two spellings of one folder."
+    kind, _, place = name.partition(":")
+    return kind, str(Path(place).expanduser().resolve()) if place and Path(place).expanduser().exists() else place
+
+
 def load_models(verb, suite, device):  # Evaluate, QuestionSet, torch device
     "The models that answer: before, if there is one, and after."
     from vugen.understand.vlm_answers import load_answerer
     told = all(each.said is not None for each in suite.questions)
     if not verb.model and not told: raise UserError("A model has to answer: name one with --model KIND:PLACE, such as --model likelihood:./model, or --model frequent for the most frequent answer.")
     names = [*([verb.before] if verb.before else []), verb.model or "answers"]
-    if len(set(names)) < len(names): raise UserError(f"--before and --model are both {verb.model}: name two states of the model.")
+    if len({_place_of(name) for name in names}) < len(names): raise UserError(f"--before and --model are both {verb.model}: name two states of the model.")
     return [load_answerer(name, suite.questions, device, called) for name, called in zip(names, short_names(names))]
 
 
@@ -95,6 +101,7 @@ def run_suite_of(name, verb, command):  # mme, mmbench or mmmu; Evaluate; for th
     from vugen.understand.vlm_benchmarks import read_questions
     device, counter, store = pick_device(verb.device), Counter(), AnswerStore(answers_file(verb, name))
     if verb.prove_frozen: check_proof(verb)
+    if verb.items and verb.folder: raise UserError(f"There are two places of questions, {verb.folder} and {verb.items}: name one.")
     suite = read_questions(name, verb.items or verb.folder, verb.limit)
     models = load_models(verb, suite, device)
     found = run_questions(suite, models, store, progress=counter)

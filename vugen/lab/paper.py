@@ -264,10 +264,14 @@ def spec_of(piece, preset, seed):
 def read_piece(folder, piece, spec, weights=None):  # folder of a figure; {part: digest}, None for any
     "The stored record of a piece, None where there is none of that digest and those weights."
     path = folder / "pieces" / f"{piece.sheet}.json"
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
-    fits = found.get("spec") == spec and (weights is None or found.get("weights") == weights)
-    return {**found, "at": path.with_suffix(".png")} if fits and path.with_suffix(".png").is_file() else None
+    from PIL import Image
+    from vugen.evaluate.figures import unpack_pictures
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        fits = found.get("spec") == spec and (weights is None or found.get("weights") == weights)
+        with Image.open(path.with_suffix(".png")) as sheet: whole = fits and len(unpack_pictures(sheet)) == len(found["cells"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, UserError): return None  # damaged: from elsewhere, or painted again
+    return {**found, "at": path.with_suffix(".png")} if whole else None
 
 def write_piece(folder, piece, record, images):
     "The pictures first, then the record that names them: what a kill leaves is not taken for a piece."

@@ -639,7 +639,9 @@ def stored_rows(name, preset="tiny", out=None):
     find_ablation(name)
     out = Path(out).expanduser() if out else ablation_folder(name, preset)
     if (out / "plan.json").is_file():
-        if (begun := read_json(out / "plan.json", "name another folder with --out")["ablation"]) != name: raise UserError(f"{out} holds the ablation {begun!r}, not {name!r}: name another folder with --out.")
+        plan = read_json(out / "plan.json", "name another folder")
+        begun = plan.get("ablation") if isinstance(plan, dict) else None
+        if begun != name: raise UserError(f"{out} holds {f'the ablation {begun!r}' if begun else 'no plan of an ablation'}, not {name!r}: name another folder.")
         return collect(out, name)
     path = data_dir() / "ablations" / preset / name / "rows.json"
     return read_json(path, "install the package again") if path.is_file() else None

@@ -395,7 +395,7 @@ def _mmmu_question(where, row, path):
     subject = _subject(number, path)
     order = {place: rank for rank, place in enumerate(pictures, 1)}  # marks are renumbered where a picture in between is missing
     renumber = lambda words: _MARK.sub(lambda mark: f"<image {order[int(mark[1])]}>", words)
-    return Question("mmmu", number, renumber(text), tuple(answers), tuple(map(renumber, options)), tuple(pictures.values()), subject, _DISCIPLINE.get(subject, "other"), number, level=str(row.get("topic_difficulty") or ""), said=row.get("response"), where=where)
+    return Question("mmmu", number, renumber(text), tuple(answers), tuple(map(renumber, options)), tuple(pictures.values()), subject, _DISCIPLINE.get(subject, "other"), number, level=str(row.get("topic_difficulty") or ""), said=None if row.get("response") is None else str(row["response"]), where=where)
 
 def read_mmmu(
     source: str | Path,  # the folder with a folder for each subject, the folder of tables, or one table
