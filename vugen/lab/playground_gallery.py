@@ -104,9 +104,10 @@ def store(result: Result, folder: Path) -> Path:
 def _read(folder: Path) -> Result:
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     own = {key: found.pop(key) for key in ("tab", "title", "settings", "numbers")}
-    if own["tab"] not in TABS or not isinstance(own["settings"], dict): raise ValueError("no result")
+    if own["tab"] not in TABS or not isinstance(own["settings"], dict) or not isinstance(own["title"], str): raise ValueError("no result")
     pictures = {kind: path.read_bytes() if (path := folder / f"{kind}.png").is_file() else None for kind in ("picture", "shown")}
     answer = tuple(path.read_bytes() for path in sorted(folder.glob("answer-*.png")))
+    if pictures["shown"] is None: raise ValueError("no picture of it")
     for png in (*pictures.values(), *answer): picture_of(png)
     return Result(**own, record={key: value for key, value in found.items() if key not in ("seed", "picture")}, **pictures, pictures=answer)
 

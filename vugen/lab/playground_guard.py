@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODY', 'UPLOAD', 'HEADERS', 'HEARD_OUT', 'KEPT_SECONDS', 'forbidden', 'Guard', 'fetch_nothing', 'answer_misfits',
-           'give_back_memory', 'write_once', 'credentials', 'private_folder']
+           'Forgiving', 'end_twice', 'give_back_memory', 'write_once', 'credentials', 'private_folder']
 
 # %% ../../nbs/lab/playground_guard.ipynb #000edc0c
 import atexit
@@ -100,6 +100,17 @@ def answer_misfits(
         except Exception as error: raise gradio.Error("This request does not fit the fields of the page: upload the picture, or reload the page.", print_exception=False) from error
     page.preprocess_data = checked
     return page
+
+# %% ../../nbs/lab/playground_guard.ipynb #fbe2862b
+class Forgiving(dict):
+    "A dictionary from which what has gone already can be deleted."
+    def __delitem__(self, key): self.pop(key, None)
+
+def end_twice(
+    page,  # `gradio.Blocks` that is being served
+):
+    "Let what runs be ended more than once."
+    page.app.iterators = Forgiving(page.app.iterators)
 
 # %% ../../nbs/lab/playground_guard.ipynb #2a1f17e9
 @lru_cache(maxsize=1)

@@ -250,12 +250,13 @@ function inputOf(item, send) {
   return { node, set(now) { input.disabled = !!now.disabled; if (document.activeElement !== input || item.type === "select") input.value = now.value ?? ""; told(); } };
 }
 KINDS.controls = (send) => {
-  const node = make("div", { class: "vugen-row", role: "group" });
+  const node = make("div", { class: "vugen-row", role: "group" }), head = make("p", { class: "vugen-heading" });
   let shape = "", parts = [];
   return { node, update(block) {
     node.setAttribute("aria-label", block.label || "controls");
     const now = JSON.stringify(block.items.map(({ value, disabled, ...rest }) => rest));
-    if (now !== shape) { shape = now; parts = block.items.map(item => inputOf(item, send)); node.replaceChildren(...(block.heading ? [make("p", { class: "vugen-heading" }, block.heading)] : []), ...parts.map(part => part.node)); }
+    head.textContent = block.heading || ""; head.hidden = !block.heading;
+    if (now !== shape) { shape = now; parts = block.items.map(item => inputOf(item, send)); node.replaceChildren(head, ...parts.map(part => part.node)); }
     parts.forEach((part, n) => part.set(block.items[n]));
   } };
 };
@@ -450,6 +451,7 @@ function render({ model, el }) {
     const block = model.get(`block_${name}`), part = KINDS[block.kind](send, name), frame = make("div", { class: `vugen-block vugen-is-${block.kind}`, "data-block": name }, part.node);
     const draw = () => { const now = model.get(`block_${name}`); frame.hidden = !!now.hidden; frame.style.setProperty("--width", `${now.width || 240}px`); frame.classList.toggle("vugen-full", !now.width); part.update(now); };
     draw(); root.append(frame);
+    watch("message", () => { if (!model.get("message")) keepFocus(root, draw); });  // with the refusal goes what was refused
     watch(`block_${name}`, () => keepFocus(root, () => { draw(); if (sent) requestAnimationFrame(() => { if (sent) root.dataset.ms = Math.round(performance.now() - sent); sent = 0; }); }));
     if (part.stop) off.push(part.stop);
   }
