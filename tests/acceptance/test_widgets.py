@@ -275,12 +275,20 @@ def test_binding(opened, lab):
     caption.fill("a florble")
     caption.press("Enter")
     says(opened, found.locator(".vugen-message"), "florble")
+    judged = rows.first.locator("th, td").first.inner_text()
+    thing(0).focus()
+    opened.keyboard.press("ArrowUp")
+    opened.wait_for_function("() => document.querySelector('[data-block=caption] input[type=text]').value !== 'a florble'", timeout=WAIT)
+    assert caption.input_value() in judged and not found.locator(".vugen-message").is_visible()  # with the refusal goes what was refused
     caption.fill("a blue square right of an orange circle")
     caption.press("Enter")
     says(opened, rows.first, "a blue square right of")
     block("thing").get_by_text("add a thing").click()
     opened.wait_for_timeout(1000)
     assert block("board").locator("g[tabindex]").count() == 3 and not found.locator(".vugen-message").is_visible()
+    assert block("thing").locator(".vugen-heading").inner_text() == "Thing 3 of 3"
+    thing(0).focus()
+    says(opened, block("thing").locator(".vugen-heading"), "Thing 1 of 3")
     done = "() => !document.querySelector('[data-block=verdict]').textContent.includes('…')"
     opened.wait_for_function(done, timeout=WAIT)
     assert_all_is_seen(opened, found)

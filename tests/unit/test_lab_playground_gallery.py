@@ -48,3 +48,35 @@ def test_the_shelf_and_its_words_are_bounded():
     results = []
     for number in range(MOST + 5): results = Shelf({}).add(results, "Generate", "x" * 500, {"seed": number}, {}, shown=[RED])
     assert len(results) == MOST and all(len(words) < 120 for _, words in tiles(results)) and len(png_of(contact([RED] * 9))) < 5000
+
+
+def test_an_answer_that_cannot_be_kept_is_shown_all_the_same(tmp_path):
+    from vugen.lab.playground import keeps
+    from vugen.lab.playground_tabs import Answer
+    (tmp_path / "file").write_text("")
+    def on_count(word): yield Answer((len(word),), {"letters": len(word)}, word)
+    (shown, download, results, gallery), = keeps(Shelf({}, tmp_path / "file"), "Classify", ("word",), on_count)("dog", [])
+    assert shown == 3 and results[0].numbers == {"letters": 3} and len(gallery) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_refused_at_the_start(tmp_path):
+    from vugen.lab.playground import launch
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/kept cannot be written"): launch(open_browser=False, block=False, keep=tmp_path / "file" / "kept")
+
+
+def test_a_kept_result_without_its_picture_or_with_odd_settings_does_not_hide_the_others(tmp_path, capsys):
+    import gradio
+    from vugen.lab.playground import restored
+    from vugen.lab.playground_tabs import Panel
+    shelf = Shelf({}, tmp_path)
+    for title in ("whole", "bare", "odd"): shelf.add([], "Generate", title, {"prompt": "a red circle", "seed": 3}, {}, RED, [RED])
+    for path in tmp_path.glob("*/result.json"):
+        found = json.loads(path.read_text())
+        if found["title"] == "bare": (path.parent / "shown.png").unlink()
+        if found["title"] == "odd": path.write_text(json.dumps({**found, "settings": {"prompt": "a red circle", "seed": [1], "drawn": {"caption": 3}}}))
+    results = stored(tmp_path)
+    assert {each.title for each in results} == {"whole", "odd"} and "move it away" in capsys.readouterr().out and all(picture for picture, _ in tiles(results))
+    with gradio.Blocks(analytics_enabled=False): panel = Panel("Generate", {"prompt": gradio.Textbox(), "seed": gradio.Number(precision=0)}, [], None)
+    back = restored(next(each for each in results if each.title == "odd"), [panel])
+    assert back[4]["value"] == "a red circle" and "value" not in back[5]
