@@ -14,8 +14,8 @@ import torch
 from vugen.data.scenes import World, batch, holds, parse
 from vugen.errors import UserError
 from vugen.experiment.items import KINDS, make_items, outcomes
-from vugen.experiment.plans import PRESETS, make_plan, moments, plan_digest, spent_at, write_plan
-from vugen.experiment.runner import OUTCOMES, UNTRAINED, ArmStage, Run, collect, pilot_record, read_scores, restore, run_plan, score_untrained
+from vugen.experiment.plans import load_plan_vae, PRESETS, make_plan, moments, plan_digest, spent_at, write_plan
+from vugen.experiment.runner import OUTCOMES, UNTRAINED, ArmStage, Run, collect, pilot_record, read_scores, restore, run_plan, score_untrained, untrained_arms
 from vugen.lab.cli import main
 from vugen.lab.experiment import Experiment
 
@@ -175,7 +175,7 @@ def test_two_processes_share_a_run(undisturbed, plan, tmp_path):
 
 
 def test_results_of_two_plans_are_never_mixed(undisturbed, plan, tmp_path, capsys):
-    other = write_plan({**plan, "seeds": [0, 1]}, tmp_path / "other.json")
+    other = write_plan({**plan, "seeds": [0, 1], "primary": {**plan["primary"], "seeds": 2}}, tmp_path / "other.json")
     with pytest.raises(SystemExit) as left: main(["experiment", "run", str(other), "--out", str(undisturbed.folder)])
     assert left.value.code == 2 and "never mixed" in capsys.readouterr().err
     record = undisturbed.job("contrastive", 0) / "record.json"
@@ -208,6 +208,15 @@ def test_the_untrained_encoder_is_scored_beside_the_arms(calm, light, collected,
     here = Run(tmp_path / "run", light)
     restore(here, collected)
     assert scores_of(here, UNTRAINED) == rows and here.record(UNTRAINED, 0)["plan"] == plan_digest(light)
+
+
+def test_an_encoder_that_sees_pictures_in_its_own_way_has_a_start_of_its_own():
+    plan = make_plan("smoke", seeds=[0])
+    plan, vae = {**plan, "items": {**plan["items"], "suites": ["seen"], "per_kind": 2}, "readouts": {"pictures": 24}}, load_plan_vae(plan)
+    arms = untrained_arms(plan, 0, vae)
+    assert set(arms) == {UNTRAINED, f"{UNTRAINED} show-o2", f"{UNTRAINED} diffusion"}, "all others begin with the tokens of the contrastive arm"
+    rows = score_untrained(plan, 0, vae=vae)
+    assert {row["arm"] for row in rows} == set(arms) and [row for row in rows if row["arm"] == UNTRAINED] == score_untrained({**plan, "arms": {"contrastive": plan["arms"]["contrastive"]}}, 0)
 
 
 def test_a_pilot_tells_its_recipe_and_uses_no_seed_of_the_plan(tmp_path, calm, capsys, light):

@@ -44,7 +44,11 @@ WRONG = {  # what is put where, and what the sentence names
     "no primary arm": (("primary",), {"metric": "text"}, "primary"), "a comparison with an unknown arm": (("comparisons",), [["contrastive", "contrastive+sound"]], "contrastive+sound"), "an unknown suite": (("items", "suites"), ["seen", "unseen"], "unseen"), "a negative step": (("curve",), [-3, 6], "curve"),
     "no items": (("items", "per_kind"), 0, "per_kind"), "a seed too large": (("seeds",), [40_000], "40000"), "a seed below zero": (("seeds",), [-1], "-1"), "no pictures for the probes": (("readouts", "pictures"), 0, "pictures"),
     "a level above one": (("primary", "alpha"), 7.0, "alpha"), "a moment that is none": (("primary", "at"), "time", "time"), "a score that is none": (("primary", "metric"), "txt", "txt"), "a readout that is none": (("primary", "readout"), "x", "readout"),
-    "a family that is none": (("primary", "family"), "bindings", "bindings"), "a primary suite that is not scored": (("primary", "suite"), "unseen", "unseen"), "an effect of nothing": (("primary", "smallest_effect"), 0.0, "smallest_effect")}
+    "a family that is none": (("primary", "family"), "bindings", "bindings"), "a primary suite that is not scored": (("primary", "suite"), "unseen", "unseen"), "an effect of nothing": (("primary", "smallest_effect"), 0.0, "smallest_effect"),
+    "more primary items than are scored": (("primary", "items"), 5, "items: 5"), "more primary seeds than there are": (("primary", "seeds"), 9, "seeds: 9"), "an arm against itself": (("comparisons",), [["contrastive", "contrastive"]], "two arms"),
+    "a comparison twice": (("comparisons",), [["contrastive+pixels", "contrastive+sham"]] * 2, "twice"), "a setting below zero": (("arms", "vugen", "settings"), {"reduction_steps": -2}, "reduction_steps: -2"),
+    "an arm that begins with itself": (("arms", "contrastive", "earlier"), "contrastive", "contrastive"), "an arm that begins with a later one": (("arms", "captioner", "earlier"), "vugen", "captioner"), "another beginning": (("arms", "vugen", "before"), 1, "vugen"),
+    "a pilot of numbers": (("pilot",), [3], "pilot"), "a pilot whose curves are numbers": (("pilot",), [{"curves": [3]}], "pilot"), "a pilot whose seeds are no list": (("pilot",), [{"curves": [], "seeds": 3}], "pilot")}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -125,7 +125,38 @@ def test_a_plan_that_could_not_be_run_is_refused(tmp_path):
         with pytest.raises(UserError, match=word): load_results(together(tmp_path / word, scores(), said, records=[]))
 
 
+def marked(path, digest):
+    "The same file, which says by which plan it was made"
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).replace_schema_metadata({"plan": digest}), path)
+
+
+def test_scores_of_another_plan_are_refused_wherever_they_lie(tmp_path):
+    own = plan_digest(plan())
+    for place, name in ((together(tmp_path / "a", scores(), untrained=bare()), "scores.parquet"), (together(tmp_path / "b", scores(), untrained=bare()), "untrained.parquet"), (apart(tmp_path / "c", scores()), "contrastive/0/scores.parquet")):
+        marked(place / name, own)
+        load_results(place)
+        marked(place / name, "0123456789ab")
+        with pytest.raises(UserError, match=f"{name.split('/')[-1]} holds scores of the plan 0123456789ab"): load_results(place)
+
+
+@pytest.mark.parametrize("wrong", [{"parameters": None}, {"seconds": "long"}, {"versions": ["x"]}, {"arm": ["x"]}, {"seed": "0"}, {"hardware": 3}])
+def test_a_damaged_record_is_one_sentence(tmp_path, wrong):
+    first, *rest = jobs(scores())
+    with pytest.raises(UserError, match="records.json"): load_results(together(tmp_path, scores(), records=[{**record(*first, plan=plan_digest(plan())), **wrong}, *(record(*job, plan=plan_digest(plan())) for job in rest)]))
+
+
 # ---- untrained encoders
+
+def test_an_arm_that_sees_pictures_in_its_own_way_is_held_against_its_own_start(tmp_path):
+    truth = lambda arm, readout, suite, family, kind, step: {"untrained": 0.9, "untrained contrastive": 0.4}.get(arm, 0.6)
+    table = simulate_scores(truth, {**COSTS, "untrained": 1.0, "untrained contrastive": 1.0}, items=300, readouts=("native", "attention"))
+    starts = table.where(arm=["untrained", "untrained contrastive"], readout="attention", moment="steps")
+    analysis = analysed(tmp_path, table.where(arm=list(COSTS)), plan(items=300), starts)
+    verdicts = {row[0]: row[-1].split(":")[0] for row in readouts_table(analysis, "steps").rows}
+    assert verdicts["contrastive"] == "gained" and {verdicts[arm] for arm in COSTS if arm != "contrastive"} == {"lost"} and {"untrained encoder", "untrained encoder of contrastive"} <= set(verdicts)
+
+
 
 def test_untrained_encoders_are_no_jobs_and_are_never_missing(tmp_path):
     one, other = load_results(together(tmp_path / "a", scores(), untrained=bare())), load_results(apart(tmp_path / "b", join([scores(), bare()])))
@@ -430,3 +461,14 @@ def test_the_pilot_is_a_table_folded_away(tmp_path):
     for name in ("report.html", "report.md"):
         text = (tmp_path / "out" / name).read_text()
         assert "<details><summary>Pilot 1: abc</summary>" in text and "Neither floor nor ceiling." in text and '"curves"' not in text and "50%" in text[text.index("Pilot 1"):]
+
+
+def test_kinds_and_groupmatch_stand_beside_the_primary_score(tmp_path):
+    from vugen.experiment.report import kinds_sentence, matched_table, pair_kinds
+    results = load_results(together(tmp_path, scores()))
+    analysis, found = analyse(results, draws=200), pair_kinds(results)
+    first, second = (results.scores.where(arm=results.plan["primary"][name], moment="steps", readout="native", suite="seen", family="binding", kind="swap color") for name in ("arm", "against"))
+    assert found["swap color"].value == pytest.approx(grid(first).values.mean() - grid(second).values.mean()) and set(found) == {"swap color", "swap object", "reverse relation"}
+    assert all(one.points() in kinds_sentence(analysis) for one in found.values()) and "describe" in kinds_sentence(analysis)
+    table = matched_table(analysis, "steps")
+    assert "GroupMatch" in table.title and table.rows[0][-1] == interval(grid(results.scores.where(arm=table.rows[0][0], moment="steps", readout="native", suite="seen", kind="reverse relation"), "match").values, draws=200).percent()

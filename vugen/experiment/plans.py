@@ -154,6 +154,11 @@ def _check_arm(name, arm, source):
     if min(arm["steps"], arm["equal_flops"]) < 1 or arm["before"] < 0: raise UserError(f"{source} lets {name!r} take {arm['steps']} steps after {arm['before']}: write it anew with `vugen experiment plan`.")
     if len(arm["gflops_per_step"]) != 2 or min(arm["gflops_per_step"]) <= 0: raise UserError(f"{source} says gflops_per_step: {_said(arm['gflops_per_step'])} of {name!r}, which is no pair of costs: write it anew with `vugen experiment plan`.")
 
+def _check_pilot(pilot, source): # it lies outside the digest, and the report shows it
+    rows = pilot.get("curves", []) if isinstance(pilot, dict) else None
+    good = isinstance(rows, list) and all(isinstance(row, dict) and {"arm", "family", "step", "value"} <= set(row) and isinstance(row["value"], (int, float)) and isinstance(row["step"], int) for row in rows) and isinstance(pilot.get("seeds", []), list) and isinstance(pilot.get("decision", ""), str)
+    if not good: raise UserError(f"{source} holds a pilot that cannot be read: take it out, or write the plan anew with `vugen experiment plan --pilot FOLDER`.")
+
 def _check_tables(plan, source):
     _check_table(plan, {**_WHOLE, "vae_fingerprint": "", "pilot": []}, source, "the plan")
     _check_table(plan["world"], World().asdict(), source, "'world'")
@@ -163,6 +168,7 @@ def _check_tables(plan, source):
     for key, examples, needed in (("sizes", dataclasses.asdict(Sizes()), ()), ("recipe", TINY["recipe"], ("batch_size",)), ("items", _ITEMS, ("suites", "per_kind", "curve_per_kind", "seed")), ("readouts", TINY["readouts"], ("pictures",)), ("primary", _PRIMARY, _PRIMARY)):
         _check_table(plan[key], examples, source, repr(key), needed)
     _check_sizes(plan["sizes"], source)
+    for pilot in plan.get("pilot", []): _check_pilot(pilot, source)
     for name, arm in plan["arms"].items(): _check_arm(name, arm, source)
 
 # %% ../../nbs/experiment/plans.ipynb #476c1006
@@ -176,7 +182,21 @@ def _check_names(plan, source): # what one entry says of another
     primary = plan["primary"]
     if not {primary["arm"], primary["against"]} <= set(plan["arms"]) and len(plan["arms"]) > 2: raise UserError(f"{source} compares {primary['arm']!r} with {primary['against']!r}: both must be among its arms.")
     if unknown := [name for pair in plan["comparisons"] for name in pair if name not in plan["arms"]]: raise UserError(f"{source} compares {unknown[0]!r} in 'comparisons', which is none of its arms: take it out, or add the arm.")
-    if odd := [pair for pair in plan["comparisons"] if len(pair) != 2]: raise UserError(f"{source} has {_said(odd[0])} in 'comparisons': give pairs of arms.")
+    if odd := [pair for pair in plan["comparisons"] if len(pair) != 2 or pair[0] == pair[1]]: raise UserError(f"{source} has {_said(odd[0])} in 'comparisons': give pairs of two arms.")
+    if len({tuple(pair) for pair in plan["comparisons"]}) < len(plan["comparisons"]): raise UserError(f"{source} names a pair of arms twice in 'comparisons': each counts once in Holm's correction.")
+    _check_ways(plan, source)
+
+def _check_ways(plan, source): # what follows from the names of arms
+    for name, arm in plan["arms"].items():
+        earlier = arm_kind(name)[2]
+        if (arm["earlier"] or None, arm["before"]) != (earlier or None, plan["steps"] // 2 if earlier else 0): raise UserError(f"{source} lets {name!r} begin with {arm['earlier']!r} for {arm['before']} steps: it begins with {earlier!r} for {plan['steps'] // 2 if earlier else 0}, so write the plan anew with `vugen experiment plan`.")
+        if wrong := [key for key, value in arm["settings"].items() if isinstance(value, (int, float)) and value < 0]: raise UserError(f"{source} says {wrong[0]}: {arm['settings'][wrong[0]]} in the settings of {name!r}: give a number from 0 on.")
+
+def _check_primary(plan, source): # what could never come out as planned
+    primary, sizes = plan["primary"], {"items": plan["items"]["per_kind"] * sum(family == plan["primary"]["family"] for family, _ in KINDS), "seeds": len(plan["seeds"])}
+    if not {primary["arm"], primary["against"]} <= set(plan["arms"]): return # a pilot tests nothing
+    for key, size in sizes.items():
+        if primary[key] != size: raise UserError(f"{source} says {key}: {_said(primary[key])} in 'primary', and its own numbers make {size}: write {size} there, or write the plan anew with `vugen experiment plan`.")
 
 _CHOICES = {"metric": OUTCOMES, "family": tuple(dict.fromkeys(family for family, _ in KINDS)), "readout": ("native", "linear", "attention", "denoising"), "at": ("steps", "flops")}
 
@@ -221,7 +241,8 @@ def read_plan(
     except OSError as error: raise UserError(f"{path} cannot be read ({error.strerror}): write a plan with `vugen experiment plan --out {path}`.") from error
     except ValueError as error: raise UserError(f"{path} is no JSON ({error}): write the plan anew with `vugen experiment plan`.") from error
     if not isinstance(plan, dict): raise UserError(f"{path} holds no plan: write one with `vugen experiment plan`.")
-    return check_plan(plan, str(path))
+    _check_primary(check_plan(plan, str(path)), str(path))
+    return plan
 
 # %% ../../nbs/experiment/plans.ipynb #476c0010
 def make_plan(

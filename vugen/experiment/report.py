@@ -18,19 +18,20 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .statistics import CHANCE, FAMILY_LEVELS, KINDS, LEVELS, POWER_ITEMS, UNTRAINED, Comparison, Interval, Scores, clustered_error, compare, curve, detectable, grid, holm, interval, join, lag, milestones, paired, paired_areas, power, power_rows, read_scores, readout_row, told
+from .statistics import CHANCE, DRAWS, FAMILY_LEVELS, KINDS, LEVELS, POWER_ITEMS, UNTRAINED, Comparison, Interval, Scores, check_scores_plan, clustered_error, compare, curve, detectable, grid, holm, interval, join, lag, milestones, paired, paired_areas, power, power_rows, read_scores, readout_row, told, untrained_name
 from ..paths import atomic_path
 
 # %% auto #0
 __all__ = ['AT', 'NO_PRIMARY', 'MOMENTS', 'SHAM', 'VUGEN', 'RULE', 'METHODS', 'Results', 'load_untrained', 'load_results',
            'has_primary', 'primary_cell', 'deviations', 'compare_arms', 'identical', 'verdict_of', 'sentence_of',
            'primary_result', 'all_comparisons', 'same_models', 'must_agree', 'heads_at_equal_flops', 'reduction_steps',
-           'begun', 'split', 'Cell', 'all_cells', 'Analysis', 'pair_cells', 'area_rows', 'analyse', 'long_rows',
-           'Table', 'arms_table', 'comparisons_table', 'heads_table', 'pair_table', 'families_table', 'metrics_table',
-           'suites_table', 'readouts_table', 'untrained_sentence', 'milestones_table', 'areas_table', 'mcnemar_table',
-           'power_table', 'planned_power', 'Picture', 'curves_figure', 'cost_figure', 'forest_figure',
-           'readouts_figure', 'path_figure', 'power_figure', 'sham_sentence', 'other_moment', 'pilot_table', 'limits',
-           'page_blocks', 'page_markdown', 'page_html', 'plain_primary', 'report']
+           'begun', 'split', 'Cell', 'all_cells', 'Analysis', 'pair_cells', 'pair_kinds', 'area_rows', 'analyse',
+           'long_rows', 'Table', 'arms_table', 'comparisons_table', 'heads_table', 'pair_table', 'kinds_sentence',
+           'families_table', 'matched_table', 'metrics_table', 'suites_table', 'readouts_table', 'untrained_sentence',
+           'milestones_table', 'areas_table', 'mcnemar_table', 'power_table', 'planned_power', 'Picture',
+           'curves_figure', 'cost_figure', 'forest_figure', 'readouts_figure', 'path_figure', 'power_figure',
+           'sham_sentence', 'other_moment', 'pilot_table', 'limits', 'page_blocks', 'page_markdown', 'page_html',
+           'plain_primary', 'report']
 
 # %% ../../nbs/experiment/report.ipynb #84b8d5ed
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def _read(path, what):
 def _job(path):
     "Record and scores of a finished job's folder"
     record, scores = _read(path, "record.json"), read_scores(path.parent / "scores.parquet")
-    if isinstance(record, dict) and (scores.names("arm"), scores.names("seed")) != ([record.get("arm")], [record.get("seed")]): raise UserError(f"{path.parent / 'scores.parquet'} holds scores of another job than {path} says: delete this job's folder and run it again.")
+    arms = [record.get("arm")] if isinstance(record, dict) and record.get("arm") != UNTRAINED else scores.names("arm") # all untrained encoders are one job
+    if isinstance(record, dict) and (scores.names("arm"), scores.names("seed")) != (arms, [record.get("seed")]): raise UserError(f"{path.parent / 'scores.parquet'} holds scores of another job than {path} says: delete this job's folder and run it again.")
     return record, scores
 
 def _finished(folder, pattern): return [path for path in sorted(folder.glob(pattern)) if (path.parent / "scores.parquet").is_file()]
+
+def _check_plans(folder, digest):
+    "Every file of scores is of this plan, or does not say"
+    for path in [*folder.glob("*.parquet"), *folder.glob("*/*/scores.parquet")]: check_scores_plan(path, digest)
 
 def _stored(folder):
     "[(file that names it, record)] of a folder, and all scores"
@@ -75,8 +81,13 @@ def _stored_untrained(folder):
     return [(path, record) for path, record, _ in found], [(path.parent / "scores.parquet", scores) for path, _, scores in found]
 
 # %% ../../nbs/experiment/report.ipynb #d29acfe1
+_RECORD = {"parameters": dict, "versions": dict, "hardware": str, "git_revision": str, "seconds": (int, float)} # what a record may hold beside plan, arm and seed
+
 def _check_origin(path, record, digest):
     if not isinstance(record, dict) or not {"plan", "arm", "seed"} <= set(record): raise UserError(f"{path} is no record of a job (it lacks its plan, arm or seed): run the job again.")
+    if not isinstance(record["arm"], str) or not isinstance(record["seed"], int): raise UserError(f"{path} tells of the arm {record['arm']!r} with the seed {record['seed']!r}: run the job again.")
+    wrong = next((name for name, kind in _RECORD.items() if name in record and not isinstance(record[name], kind)), None)
+    if wrong: raise UserError(f"{path} says {wrong}: {str(record[wrong])[:40]!r}, which cannot be: run the job of {record['arm']}, seed {record['seed']}, again.")
     if record["plan"] != digest: raise UserError(f"{path} was run by the plan {record['plan']} and plan.json is {digest}: results of two plans are never mixed, so give each its own folder.")
 
 def _check_record(path, record, plan, digest):
@@ -90,7 +101,7 @@ def _check_plan(path, plan):
     check_plan(plan, str(path))
 
 def _check_untrained(path, scores, plan):
-    if scores.names("arm") != [UNTRAINED]: raise UserError(f"{path} holds scores of {', '.join(scores.names('arm')) or 'nothing'} and not of {UNTRAINED!r} encoders: delete it and measure them again.")
+    if not len(scores) or any(name.split(" ")[0] != UNTRAINED for name in scores.names("arm")): raise UserError(f"{path} holds scores of {', '.join(scores.names('arm')) or 'nothing'} and not of {UNTRAINED!r} encoders: delete it and measure them again.")
     if odd := [seed for seed in scores.names("seed") if seed not in plan["seeds"]]: raise UserError(f"{path} holds the seed {odd[0]}, which the plan does not ask for: delete it and measure the untrained encoders again.")
 
 def load_untrained(
@@ -114,7 +125,9 @@ def load_results(
     plan = _read(folder / "plan.json", "plan.json")
     _check_plan(folder / "plan.json", plan)
     if digest and digest != plan_digest(plan): raise UserError(f"{folder / 'plan.json'} is the plan {plan_digest(plan)} and not {digest}: results of two plans are never mixed, so name the folder of that plan.")
-    digest, (found, scores) = plan_digest(plan), _stored(folder)
+    digest = plan_digest(plan)
+    _check_plans(folder, digest)
+    found, scores = _stored(folder)
     for path, record in found: _check_record(path, record, plan, digest)
     jobs = [(record["arm"], record["seed"]) for _, record in found]
     if not jobs: raise UserError(f"{folder} holds no finished job: start them with `vugen experiment run`.")
@@ -124,7 +137,7 @@ def load_results(
     untrained = load_untrained(folder, plan, digest)
     if untrained is not None:  # equal words, so that items can be paired
         both = join([scores, untrained])
-        scores, untrained = both.where(arm=scores.names("arm")), both.where(arm=UNTRAINED)
+        scores, untrained = both.where(arm=scores.names("arm")), both.where(arm=untrained.names("arm"))
     return Results(folder, plan, digest, [record for _, record in found], scores, [(arm, seed) for arm in plan["arms"] for seed in plan["seeds"] if (arm, seed) not in scored], untrained)
 
 # %% ../../nbs/experiment/report.ipynb #426bfc6f
@@ -173,6 +186,7 @@ def compare_arms(
 
 # %% ../../nbs/experiment/report.ipynb #26dd8b0a
 AT = {"steps": "at equal steps", "flops": "at equal FLOPs"}
+_METRICS = {"match": "GroupMatch"} # as tables call them
 NO_PRIMARY = "This plan has no primary comparison: its curves go into a plan with --pilot."
 
 def _p(value): return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
@@ -306,11 +320,11 @@ def all_cells(
     results: Results,
     draws: int = 1000,
 ) -> list[Cell]:
-    "Accuracy of every arm, moment, readout, suite and family by every metric, and of every kind by the primary one"
+    "Accuracy of every arm, moment, readout, suite and family by every metric, and of every kind by the primary one and by GroupMatch"
     found, metric = [], results.plan["primary"]["metric"]
     for about, rows in (each for table in (begun(results), results.untrained) if table is not None for each in split(table.where(moment=MOMENTS), "arm", "moment", "readout", "suite", "family")):
         found += [Cell(*about, None, name, interval(grid(rows, name).values, draws=draws)) for name in CHANCE]
-        found += [Cell(*about, kind, metric, interval(grid(part, metric).values, draws=draws)) for (kind,), part in split(rows, "kind")]
+        found += [Cell(*about, kind, name, interval(grid(part, name).values, draws=draws)) for (kind,), part in split(rows, "kind") for name in dict.fromkeys((metric, "match"))]
     return found
 
 # %% ../../nbs/experiment/report.ipynb #98128b38
@@ -328,6 +342,7 @@ class Analysis:
     unplanned: list = field(default_factory=list, repr=False)  # of `heads_at_equal_flops`
     pair: list = field(default_factory=list, repr=False)  # of `pair_cells`
     areas: list = field(default_factory=list, repr=False)  # of `area_rows`
+    starts: dict = field(default_factory=dict, repr=False)  # of `untrained_name` → the same as `untrained`, of arms whose encoder sees pictures in a way of its own
 
     @property
     def arms(self): return [arm for arm in self.results.plan["arms"] if arm in self.results.scores.names("arm")]  # in the plan's order
@@ -349,6 +364,15 @@ def pair_cells(
         found += [{"readout": readout, "suite": suite, "family": family, "metric": metric, "difference": interval(paired(grid(rows, metric), grid(other, metric)).values, 1 - primary["alpha"], -1, 1)} for metric in CHANCE]
     return found
 
+def pair_kinds(
+    results: Results,
+) -> dict: # kind → Interval of the difference
+    "The primary pair in the cell of the primary comparison, kind by kind; not planned and not corrected"
+    primary = results.plan["primary"]
+    first, second = (primary_cell(results, primary[name]) for name in ("arm", "against"))
+    if not len(first) or not len(second) or not set(first.names("seed")) & set(second.names("seed")): return {}
+    return {kind: interval(paired(grid(rows, primary["metric"]), grid(second.where(kind=kind), primary["metric"])).values, 1 - primary["alpha"], -1, 1) for (kind,), rows in split(first, "kind")}
+
 def area_rows(
     plan: dict,
     curves: dict, # (arm, family) → `Curve`
@@ -359,17 +383,18 @@ def area_rows(
 
 def analyse(
     results: Results,
-    draws: int = 1000, # of a cell's bootstrap
+    draws: int = DRAWS, # of a cell's bootstrap; the same as of comparisons, so that one accuracy has one interval
 ) -> Analysis:
     "Everything of a run"
     primary = primary_result(results)
     planned, found = primary["planned"], primary["comparison"]
     local, bare = begun(results).where(suite=planned["suite"]), None if results.untrained is None else results.untrained.where(suite=planned["suite"])
-    readouts = {about: readout_row(rows, planned["metric"], planned["smallest_effect"], draws, bare) for about, rows in split(local.where(moment=MOMENTS), "arm", "moment")}
+    def start_of(arm): return bare if bare is None else bare.where(arm=untrained_name(arm) if untrained_name(arm) in bare.names("arm") else UNTRAINED)
+    readouts = {about: readout_row(rows, planned["metric"], planned["smallest_effect"], draws, start_of(about[0])) for about, rows in split(local.where(moment=MOMENTS), "arm", "moment")}
     curves = {about: curve(rows, planned["metric"]) for about, rows in split(local.where(moment="curve", readout="native"), "arm", "family")}
     sizes = power_rows(found.components, planned["smallest_effect"], planned["alpha"], items=tuple(sorted({*POWER_ITEMS, max(2, planned["items"])}))) if found and found.difference.seeds > 1 else []
-    untrained = readout_row(bare, planned["metric"], planned["smallest_effect"], draws)["cells"] if bare is not None and len(bare) else {}
-    return Analysis(results, primary, all_comparisons(results), all_cells(results, draws), readouts, curves, sizes, untrained, heads_at_equal_flops(results), pair_cells(results), area_rows(results.plan, curves))
+    starts = {name: readout_row(bare.where(arm=name), planned["metric"], planned["smallest_effect"], draws)["cells"] for name in (bare.names("arm") if bare is not None and len(bare) else ())}
+    return Analysis(results, primary, all_comparisons(results), all_cells(results, draws), readouts, curves, sizes, starts.pop(UNTRAINED, {}), heads_at_equal_flops(results), pair_cells(results), area_rows(results.plan, curves), starts)
 
 # %% ../../nbs/experiment/report.ipynb #eec0ff42
 def _finite(value): return None if value is None or not math.isfinite(value) else float(value)
@@ -452,7 +477,7 @@ def _reading(found, alpha, exact=False):
     if exact: return f"identical on all {_scored(found)} scores, as it must be by construction"
     if found.difference.seeds == 1: return "one seed: of these two models only"
     verdict = {"open": "cannot tell", "equivalent": "no difference that matters"}.get(verdict_of(found), verdict_of(found))
-    return verdict + (", but not after Holm" if found.found and found.p_holm is not None and found.p_holm > alpha else "")
+    return verdict + (", but not after Holm" if found.found and found.p_holm is not None and found.p_holm > alpha else "") + (f", by less than {_points(found.equivalence['margin'])}" if found.found and found.equivalence["equivalent"] else "")
 
 def _count(value): return f"{value:,}" if isinstance(value, int) else "–"
 def _range(values): return f"{min(values):,.0f}" if max(values) - min(values) < 0.5 else f"{min(values):,.0f} – {max(values):,.0f}"
@@ -527,20 +552,36 @@ def pair_table(
     if not found: return None
     chief = (planned["readout"], planned["suite"], planned["family"], planned["metric"])
     rows = [[*about, *(found[*about, metric].points() + " (primary)" * ((*about, metric) == chief) for metric in CHANCE)] for about in dict.fromkeys(key[:3] for key in found)]
-    return Table(f"{planned['arm']} − {planned['against']} {AT[planned['at']]}: paired differences in points", ["readout", "suite", "family", *CHANCE], rows,
+    return Table(f"{planned['arm']} − {planned['against']} {AT[planned['at']]}: paired differences in points", ["readout", "suite", "family", *(_METRICS.get(metric, metric) for metric in CHANCE)], rows,
                  f"Intervals of {1 - planned['alpha']:.0%}, outside Holm's correction: only the cell marked (primary) is a test of the hypothesis, the others describe.")
 
 # %% ../../nbs/experiment/report.ipynb #b8c096c8
 def _shown(found): return found.percent() if found else "–"
 
+def kinds_sentence(
+    analysis: Analysis,
+) -> str: # empty where the pair is not in
+    "The primary difference kind by kind"
+    planned, found = analysis.primary["planned"], pair_kinds(analysis.results)
+    return f"By kind, {planned['arm']} − {planned['against']} is " + ", ".join(f"{kind}: {one.points()} points" for kind, one in found.items()) + ". The kinds were not planned as tests and are not corrected: they describe." if found else ""
+
 def families_table(
     analysis: Analysis,
     moment: str, # "steps" or "flops"
+    metric: str | None = None, # the primary one, or "match"
 ) -> Table:
     "Atoms and binding, and every kind of both, by the native score"
+    metric = metric or analysis.primary["planned"]["metric"]
     kinds = [(family, kind) for family in KINDS for kind in (None, *KINDS[family])]
-    rows = [[arm, *(_shown(analysis.cell(arm=arm, moment=moment, family=family, kind=kind)) for family, kind in kinds)] for arm in analysis.arms]
-    return Table(f"Atoms and binding {AT[moment]}: {analysis.primary['planned']['metric']} score, native readout", ["arm", *({"atom": "all atoms", "binding": "all binding"}[family] if kind is None else kind for family, kind in kinds)], rows, f"Chance is {CHANCE[analysis.primary['planned']['metric']]:.1%}.")
+    rows = [[arm, *(_shown(analysis.cell(arm=arm, moment=moment, family=family, kind=kind, metric=metric)) for family, kind in kinds)] for arm in analysis.arms]
+    return Table(f"Atoms and binding {AT[moment]}: {_METRICS.get(metric, f'{metric} score')}, native readout", ["arm", *({"atom": "all atoms", "binding": "all binding"}[family] if kind is None else kind for family, kind in kinds)], rows, f"Chance is {CHANCE[metric]:.1%}." + " GroupMatch asks whether both pictures together prefer their own captions, so a liking for a caption by its words alone cannot decide it." * (metric == "match"))
+
+def matched_table(
+    analysis: Analysis,
+    moment: str,
+) -> Table:
+    "`families_table` by GroupMatch"
+    return families_table(analysis, moment, "match")
 
 def metrics_table(
     analysis: Analysis,
@@ -548,7 +589,7 @@ def metrics_table(
 ) -> Table:
     "Binding by Winoground's three scores, GroupMatch, and the group score across nuisances"
     rows = [[arm, *(_shown(analysis.cell(arm=arm, moment=moment, family="binding", metric=metric)) for metric in CHANCE)] for arm in analysis.arms]
-    return Table(f"Binding {AT[moment]} by every metric, native readout", ["arm", *(f"{metric} (chance {chance:.1%})" for metric, chance in CHANCE.items())], rows)
+    return Table(f"Binding {AT[moment]} by every metric, native readout", ["arm", *(f"{'GroupMatch' if metric == 'match' else metric} (chance {chance:.1%})" for metric, chance in CHANCE.items())], rows)
 
 def suites_table(
     analysis: Analysis,
@@ -559,7 +600,7 @@ def suites_table(
     rows = [[arm, *(_shown(analysis.cell(arm=arm, moment=moment, family=family, suite=suite)) for suite in suites for family in KINDS)] for arm in analysis.arms]
     return Table(f"Suites {AT[moment]}: {analysis.primary['planned']['metric']} score, native readout", ["arm", *(f"{suite}: {family}" for suite in suites for family in KINDS)], rows)
 
-RULE = ("The probes are trained on labelled scenes of their own, and learn binding from them even where the encoder took no step. So the verdict compares the attention probe with the same probe on an untrained encoder, by the paired 95% interval of the difference in binding. Gained: the whole interval lies above zero. Lost: the whole interval lies below zero. "
+RULE = ("The probes are trained on labelled scenes of their own, and learn binding from them even where the encoder took no step. So the verdict compares the attention probe with the same probe on an untrained encoder of the same seed that sees pictures in the same way, by the paired 95% interval of the difference in binding. Gained: the whole interval lies above zero. Lost: the whole interval lies below zero. "
         "No gain: zero lies inside, and the whole interval below the smallest effect. Open: zero lies inside, and a difference that matters is not ruled out. No verdict: there is no untrained encoder to compare with, or the probe was not measured or does not find even the atoms. Attention minus native is a number and no verdict: the probe was taught binding, the native score was not.")
 
 def readouts_table(
@@ -572,8 +613,15 @@ def readouts_table(
     for arm in analysis.arms:
         if not (row := analysis.readouts.get((arm, moment))): continue
         rows.append([arm, *(_shown(row["cells"].get((name, family))) for family in KINDS for name in names), *(row[gap].points() if row[gap] else "–" for gap in ("gain", "learned")), f"{row['verdict']}: {row['sentence']}"])
-    if analysis.untrained: rows.append([f"{UNTRAINED} encoder", *(_shown(analysis.untrained.get((name, family))) for family in KINDS for name in names), "–", "–", "what the probes learn from their own labelled scenes"])
-    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", f"attention − {UNTRAINED}, points", "verdict"], rows, RULE + _idle_note(analysis, moment), sentences=True)
+    for title, cells in {f"{UNTRAINED} encoder": analysis.untrained, **{name.replace(UNTRAINED, f"{UNTRAINED} encoder of"): cells for name, cells in analysis.starts.items()}}.items():
+        if cells: rows.append([title, *(_shown(cells.get((name, family))) for family in KINDS for name in names), "–", "–", "what the probes learn from their own labelled scenes"])
+    return Table(f"Readouts {AT[moment]}: {analysis.primary['planned']['metric']} score", ["arm", *(f"{family}, {name}" for family in KINDS for name in names), "attention − native, points", f"attention − {UNTRAINED}, points", "verdict"], rows, RULE + _fewer_note(analysis, moment) + _idle_note(analysis, moment), sentences=True)
+
+def _fewer_note(analysis, moment):
+    "That the denoising score, which is dear, was asked of fewer items"
+    counts = {name: {found.items for (arm, at), row in analysis.readouts.items() if at == moment and (found := row["cells"].get((name, "binding")))} for name in ("denoising", "native")}
+    if not all(counts.values()) or max(counts["denoising"]) >= max(counts["native"]): return ""
+    return f" Denoising beside another native score was asked of {min(counts['denoising'])} of the {max(counts['native'])} binding items."
 
 def _idle_note(analysis, moment):
     "Why VUGEN has no denoising score"
@@ -625,7 +673,7 @@ def mcnemar_table(
 ) -> Table:
     "McNemar's exact test seed by seed"
     return Table(f"McNemar's exact test, seed by seed: {found.arm} against {found.against}", ["seed", "only the first right", "only the second right", "p"], [[row["seed"], row["wins"], row["losses"], _p(row["p"])[2:].removeprefix("= ")] for row in found.mcnemar],
-                 "Each seed speaks of one pair of models. The pooled line counts an item once a seed, as if those were independent: its p value is too small and decides nothing.")
+                 "Each seed speaks of one pair of models. The pooled line counts an item once a seed, as if those were independent: its p value may be too small and decides nothing.")
 
 def power_table(
     analysis: Analysis,
@@ -824,6 +872,7 @@ def _opening(analysis):
     yield "heading", "Primary result"
     yield "result", primary["sentence"]
     if sentence := other_moment(analysis): yield "text", sentence
+    if sentence := kinds_sentence(analysis): yield "text", sentence
     if sentence := sham_sentence(analysis): yield "text", sentence
     if primary["comparison"]: yield "table", mcnemar_table(primary["comparison"])
 
@@ -837,7 +886,7 @@ def _middle(analysis):
         if table := make(analysis): yield "table", table
     yield "heading", "Atoms and binding"
     measured = [moment for moment in MOMENTS if moment in analysis.results.scores.names("moment")]
-    for make in (families_table, metrics_table, suites_table):
+    for make in (families_table, matched_table, metrics_table, suites_table):
         for moment in measured: yield "table", make(analysis, moment)
     yield "heading", "Was it lost, or not used?"; yield "text", untrained_sentence(analysis)
     for moment in measured: yield "figure", readouts_figure(analysis, moment); yield "table", readouts_table(analysis, moment)

@@ -23,7 +23,7 @@ from .arms import PRETRAINING, make_arm
 from .items import OUTCOMES, SCORED, make_items, outcomes
 from .plans import load_plan_vae, moments, plan_digest, read_plan, spent_at, training_batch, write_plan
 from .readouts import fit_readouts, readout_scores
-from .statistics import UNTRAINED
+from .statistics import UNTRAINED, check_scores_plan, untrained_name
 from ..models.layers import count_parameters
 from ..models.saving import load_weights
 from ..models.text import WordTokenizer, scene_words
@@ -33,9 +33,9 @@ from ..train.presets import Recipe
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ArmStage', 'Run', 'claimed', 'recipe_of', 'Stopped', 'train_part', 'earlier_arm', 'train_arm', 'items_of',
-           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'score_untrained', 'run_untrained',
-           'keep_untrained', 'finish_job', 'run_job', 'run_plan', 'signals_raised', 'collect', 'restore', 'curves',
-           'pilot_record', 'work_alone', 'main']
+           'score_arm', 'write_scores', 'read_scores', 'score_moment', 'untrained_arms', 'score_untrained',
+           'run_untrained', 'keep_untrained', 'finish_job', 'run_job', 'run_plan', 'signals_raised', 'collect',
+           'restore', 'curves', 'pilot_record', 'work_alone', 'main']
 
 # %% ../../nbs/experiment/runner.ipynb #991d0005
 class ArmStage:
@@ -231,20 +231,23 @@ def _outcome_rows(readout, suite, items, scores): # [n, 4, 2]
 def write_scores(
     rows: list[dict], # with all `COLUMNS`
     path: str | Path,
+    digest: str, # of the plan that they were made by
 ) -> Path:
-    "Write rows as Parquet, small columns for small things"
+    "Write rows as Parquet, small columns for small things, with the plan's digest"
     import pyarrow as pa
     from pyarrow import parquet
     kinds = {"seed": pa.int16(), "step": pa.int32(), "samples": pa.int64(), "gflops": pa.float64(), "item": pa.int32(), **dict.fromkeys(OUTCOMES, pa.uint8())}
-    table = pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.string())) for name in COLUMNS})
+    table = pa.table({name: pa.array([row[name] for row in rows], kinds.get(name, pa.string())) for name in COLUMNS}).replace_schema_metadata({"plan": digest})
     with atomic_path(Path(path)) as temporary: parquet.write_table(table, temporary, compression="zstd")
     return Path(path)
 
 def read_scores(
     path: str | Path, # of `write_scores`
+    digest: str | None = None, # of the plan that they must be of
 ) -> list[dict]:
     "The rows of a file of scores"
     from pyarrow import parquet
+    if digest: check_scores_plan(path, digest)
     try: return parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): delete it and run the plan again, which measures what is missing.") from error
 
@@ -261,31 +264,51 @@ def score_moment(here, stage, name, seed, step, kinds, device="cpu"):
         found = score_arm(here.plan, arm, seed, whole=True)
         rows += [{**common, "moment": kind, **row} for kind in kinds if kind != "curve" for row in found]
     path.parent.mkdir(exist_ok=True)
-    return write_scores(rows, path)
+    return write_scores(rows, path, plan_digest(here.plan))
 
 # %% ../../nbs/experiment/runner.ipynb #07404b2d
+def untrained_arms(
+    plan: dict,
+    seed: int,
+    vae=None, # of `load_plan_vae`
+) -> dict: # `UNTRAINED`, and `untrained_name` of an arm that sees pictures in another way → the arm before its first step
+    "Encoders that took no step: one for all arms whose patch tokens are equal to the bit, and one for each other arm"
+    look, found, known = items_of(plan, "seen", 1)["images"].flatten(0, 1)[:2], {}, set()
+    for name in dict.fromkeys(("contrastive", *plan["arms"])):
+        seed_everything(step_seed(seed, "build")) # as the training loop does
+        arm = ArmStage(plan, name, seed, vae).build().eval()
+        with torch.no_grad(): tokens = arm.patches(look).tokens.float().numpy().tobytes()
+        if tokens not in known: found[UNTRAINED if name == "contrastive" else untrained_name(name)] = arm
+        known.add(tokens)
+    return found
+
 def score_untrained(
     plan: dict,
     seed: int,
     device: str | torch.device = "cpu",
+    vae=None, # of `load_plan_vae`
 ) -> list[dict]: # rows with all `COLUMNS`, of both probes
     "Outcomes of every item where nothing but the probe is trained"
-    seed_everything(step_seed(seed, "build")) # as the training loop does
-    arm = ArmStage(plan, "contrastive", seed).build().to(device).eval()
-    common = {"arm": UNTRAINED, "seed": seed, "step": 0, "samples": 0, "gflops": 0.0, "moment": "steps"}
-    return [{**common, **row} for row in score_arm(plan, arm, seed, whole=True) if row["readout"] != "native"]
+    world, found = World.from_dict(plan["world"]), []
+    for name, arm in untrained_arms(plan, seed, vae).items():
+        common = {"arm": name, "seed": seed, "step": 0, "samples": 0, "gflops": 0.0, "moment": "steps"}
+        readouts = fit_readouts(arm.to(device), world, plan["readouts"]["pictures"], seed)
+        for suite in plan["items"]["suites"]:
+            items = items_of(plan, suite, _number(plan["items"], suite, True))
+            found += [{**common, **row} for readout, values in readout_scores(arm, readouts, world, items).items() for row in _outcome_rows(readout, suite, items, values)]
+    return found
 
 def run_untrained(here, seed, device="cpu", show=True):
     "Score a seed's untrained encoder, unless that is done or another process holds it"
     with claimed(here.job(UNTRAINED, seed)) as mine:
-        if not mine or here.done(UNTRAINED, seed): return
-        if show: print(f"{UNTRAINED}: probes of the encoder before its first step, seed {seed}", flush=True)
-        keep_untrained(here, seed, score_untrained(here.plan, seed, device), environment())
+        if not mine or here.done(UNTRAINED, seed) and {*untrained_arms(here.plan, seed, here.vae)} <= {*here.record(UNTRAINED, seed).get("arms", ())}: return
+        if show: print(f"{UNTRAINED}: probes of the encoders before their first step, seed {seed}", flush=True)
+        keep_untrained(here, seed, score_untrained(here.plan, seed, device, here.vae), environment())
 
 def keep_untrained(here, seed, rows, surroundings):
     "Scores first, then the record, which says that they are whole"
-    write_scores(rows, here.job(UNTRAINED, seed) / "scores.parquet")
-    with atomic_path(here.job(UNTRAINED, seed) / "record.json") as temporary: temporary.write_text(json.dumps({"plan": plan_digest(here.plan), "arm": UNTRAINED, "seed": seed, **surroundings}, indent=1) + "\n", encoding="utf-8")
+    write_scores(rows, here.job(UNTRAINED, seed) / "scores.parquet", plan_digest(here.plan))
+    with atomic_path(here.job(UNTRAINED, seed) / "record.json") as temporary: temporary.write_text(json.dumps({"plan": plan_digest(here.plan), "arm": UNTRAINED, "arms": list(dict.fromkeys(row["arm"] for row in rows)), "seed": seed, **surroundings}, indent=1) + "\n", encoding="utf-8")
 
 # %% ../../nbs/experiment/runner.ipynb #991d0012
 def _parameters(arm):
@@ -296,7 +319,8 @@ def _parameters(arm):
 def finish_job(here, stage, name, seed, seconds):
     "Merge the moments, write the record, drop the weights"
     job = here.job(name, seed)
-    write_scores([row for path in visible(job / "moments", "*.parquet") for row in read_scores(path)], job / "scores.parquet")
+    digest = plan_digest(here.plan)
+    write_scores([row for path in visible(job / "moments", "*.parquet") for row in read_scores(path, digest)], job / "scores.parquet", digest)
     log, arm = read_log(job / "weights" / "log.jsonl"), here.plan["arms"][name]
     record = {"plan": plan_digest(here.plan), "arm": name, "seed": seed, "parameters": _parameters(stage.build()), "gflops_per_step": arm["gflops_per_step"], "gflops_before": arm["gflops_before"],
               "earlier": arm["earlier"], "before": arm["before"], "steps": arm["before"] + arm["steps"], "seconds": round(seconds, 1), **environment(), "loss": [[line["step"], round(line["loss"], 4)] for line in log],
@@ -392,11 +416,12 @@ def collect(
     if not finished: raise UserError(f"{here.folder} holds no finished job: run the plan first.")
     records = [here.record(*job) for job in finished]
     out.mkdir(parents=True, exist_ok=True)
-    write_scores([row for job in finished for row in read_scores(here.job(*job) / "scores.parquet")], out / "scores.parquet")
+    digest = plan_digest(here.plan)
+    write_scores([row for job in finished for row in read_scores(here.job(*job) / "scores.parquet", digest)], out / "scores.parquet", digest)
     with atomic_path(out / "records.json") as temporary: temporary.write_text(json.dumps(records) + "\n", encoding="utf-8")
     written = [out / "scores.parquet", out / "records.json", write_plan(here.plan, out / "plan.json")]
     untrained = [here.job(UNTRAINED, seed) / "scores.parquet" for seed in here.plan["seeds"] if here.done(UNTRAINED, seed)]
-    return written + ([write_scores([row for path in untrained for row in read_scores(path)], out / "untrained.parquet")] if untrained else [])
+    return written + ([write_scores([row for path in untrained for row in read_scores(path, digest)], out / "untrained.parquet", digest)] if untrained else [])
 
 # %% ../../nbs/experiment/runner.ipynb #65b00de5
 def restore(
@@ -409,6 +434,8 @@ def restore(
     own, there = plan_digest(here.plan), plan_digest(read_plan(folder / "plan.json"))
     if own != there: raise UserError(f"{folder} holds results of another plan ({there}, not {own}): results of two plans are never mixed.")
     found = _records(folder / "records.json")
+    for name in ("scores.parquet", "untrained.parquet"):
+        if (folder / name).is_file(): check_scores_plan(folder / name, own)
     if (folder / "untrained.parquet").is_file(): _take_untrained(here, folder / "untrained.parquet")
     return [job for job in here.jobs() if job in found and _take_over(here, job, found[job], folder / "scores.parquet")]
 
@@ -416,9 +443,9 @@ def _records(path): # of `collect` → {(arm, seed): record}
     try: return {(record["arm"], record["seed"]): record for record in json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError) as error: raise UserError(f"{path} cannot be read as the records of jobs ({type(error).__name__}): collect the results again.") from error
 
-def _rows_of(job, path): # of one arm and seed
+def _rows_of(job, path): # of one arm and seed; all untrained encoders are one job
     from pyarrow import parquet
-    try: return parquet.read_table(path, filters=[("arm", "=", job[0]), ("seed", "=", job[1])]).to_pylist()
+    try: return parquet.read_table(path, filters=[("seed", "=", job[1]), *([("arm", "=", job[0])] if job[0] != UNTRAINED else [])]).to_pylist()
     except (OSError, ValueError) as error: raise UserError(f"{path} cannot be read as scores ({' '.join(str(error).split())[:120]}): collect the results again.") from error
 
 def _take_untrained(here, path):
@@ -431,7 +458,7 @@ def _take_over(here, job, record, path): # → whether it was not there
         if not mine or here.done(*job): return False
         rows = _rows_of(job, path)
         if not rows: raise UserError(f"{path} holds no scores of {job[0]!r} with the seed {job[1]}, of which records.json tells: collect the results again.")
-        write_scores(rows, here.job(*job) / "scores.parquet")
+        write_scores(rows, here.job(*job) / "scores.parquet", plan_digest(here.plan))
         with atomic_path(here.job(*job) / "record.json") as temporary: temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return True
 

@@ -19,17 +19,18 @@ from ..paths import atomic_path
 
 # %% auto #0
 __all__ = ['CHANCE', 'UNTRAINED', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', 'DRAWS', 'POWER_SEEDS', 'POWER_ITEMS', 'LEVELS',
-           'FAMILY_LEVELS', 'Scores', 'make_scores', 'join', 'write_scores', 'read_scores', 'simulate_cell',
-           'simulate_scores', 'simulate_plan', 'Grid', 'grid', 'Components', 'mean_squares', 'components',
-           'standard_error', 'bootstrap_draws', 'Interval', 'interval', 'paired', 'tail', 'two_sided', 'mcnemar',
-           'discordant', 'cohen_h', 'odds_ratio', 'seed_test', 'equivalence', 'holm', 'Comparison', 'compare',
-           'adjusted', 'clustered_error', 'planned_error', 'beyond', 'power', 'detectable', 'power_rows', 'Curve',
-           'curve', 'rising', 'reach', 'area', 'curve_draws', 'wide_tail', 'drawn_interval', 'milestones', 'told',
-           'shared_span', 'paired_areas', 'lag', 'readout_verdict', 'readout_row']
+           'FAMILY_LEVELS', 'untrained_name', 'Scores', 'make_scores', 'join', 'write_scores', 'check_scores_plan',
+           'read_scores', 'simulate_cell', 'simulate_scores', 'simulate_plan', 'Grid', 'grid', 'Components',
+           'mean_squares', 'components', 'standard_error', 'bootstrap_draws', 'Interval', 'interval', 'paired', 'tail',
+           'two_sided', 'mcnemar', 'discordant', 'cohen_h', 'odds_ratio', 'seed_test', 'equivalence', 'holm',
+           'Comparison', 'compare', 'adjusted', 'clustered_error', 'planned_error', 'beyond', 'power', 'detectable',
+           'power_rows', 'Curve', 'curve', 'rising', 'reach', 'area', 'curve_draws', 'wide_tail', 'drawn_interval',
+           'milestones', 'told', 'shared_span', 'paired_areas', 'lag', 'readout_verdict', 'readout_row']
 
 # %% ../../nbs/experiment/statistics.ipynb #faf920dd
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "match": 1 / 2, "across": 1 / 6}  # of a scorer that guesses
 UNTRAINED = "untrained"  # in place of an arm: encoders that took no step, read by the probes alone
+def untrained_name(arm): return f"{UNTRAINED} {arm}"  # the same, of an arm whose encoder sees pictures in a way of its own
 WORDS = ("arm", "moment", "readout", "suite", "family", "kind")
 NUMBERS = {"seed": "int16", "step": "int32", "samples": "int64", "gflops": "float64", "item": "int32", **dict.fromkeys(CHANCE, "uint8")}
 
@@ -96,6 +97,16 @@ def _words(column):
     import pyarrow as pa
     column = (column if pa.types.is_dictionary(column.type) else column.cast(pa.string()).dictionary_encode()).unify_dictionaries().combine_chunks()
     return column.indices.to_numpy(zero_copy_only=False).astype(np.int32), column.dictionary.to_pylist()
+
+def check_scores_plan(
+    path: str | Path, # .parquet
+    digest: str, # of the plan that it should be of
+) -> None:
+    "Refuse scores that say they were made by another plan"
+    import pyarrow as pa, pyarrow.parquet
+    try: said = (pa.parquet.read_schema(path).metadata or {}).get(b"plan", b"").decode()
+    except (pa.ArrowException, OSError) as error: raise UserError(f"{path} is no complete Parquet table: delete it and run the job again.") from error
+    if said not in ("", digest): raise UserError(f"{path} holds scores of the plan {said[:20]}, not of {digest}: results of two plans are never mixed, so restore the file or run the job again.")
 
 def read_scores(
     path: str | Path, # .parquet

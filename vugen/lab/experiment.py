@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Optional
 
@@ -17,10 +17,12 @@ from .terminal import check_number, check_target, pick_device, root_of, show_row
 from ..paths import cache_dir
 
 # %% auto #0
-__all__ = ['ACTIONS', 'Experiment', 'plan_verb', 'run_folder', 'run_verb', 'helper_command', 'collect_verb', 'report_verb']
+__all__ = ['ACTIONS', 'OPTIONS', 'Experiment', 'plan_verb', 'run_folder', 'run_verb', 'helper_command', 'collect_verb',
+           'report_verb']
 
 # %% ../../nbs/lab/experiment.ipynb #21a00005
 ACTIONS = {"plan": "", "run": "PLAN", "collect": "RUN", "report": "FOLDER"}
+OPTIONS = {"plan": ("preset", "out", "arms", "seeds", "pilot", "why", "root"), "run": ("out", "arms", "seeds", "minutes", "processes", "collected", "root", "device"), "collect": ("out",), "report": ("out", "json")}  # that an action looks at
 
 
 @dataclass
@@ -45,8 +47,12 @@ class Experiment:
         action, *rest = self.words
         if action not in ACTIONS: raise UserError(f"There is no action {action!r}: choose one of {', '.join(ACTIONS)}.")
         if len(rest) != bool(ACTIONS[action]): raise UserError(f"`vugen experiment {action}` takes {'one ' + ACTIONS[action] if ACTIONS[action] else 'nothing more'}, not {len(rest)}: write `vugen experiment {action} {ACTIONS[action]}`.".replace(" `.", "`."))
+        for each in fields(self):
+            users = [name for name, known in OPTIONS.items() if each.name in known]
+            if each.name != "words" and action not in users and getattr(self, each.name) != each.default: raise UserError(f"--{each.name} goes with {' and '.join(users)}: leave it out of `vugen experiment {action}`.")
         check_number("--minutes", self.minutes, 0); check_number("--processes", self.processes, 1, 64); check_target(self.json)
-        return {"plan": plan_verb, "run": run_verb, "collect": collect_verb, "report": report_verb}[action](self, *map(Path, rest))
+        try: return {"plan": plan_verb, "run": run_verb, "collect": collect_verb, "report": report_verb}[action](self, *map(Path, rest))
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error: raise UserError(f"{error.filename or self.out} cannot be written ({error.strerror}): name another place with --out.") from error
 
 # %% ../../nbs/lab/experiment.ipynb #21a00008
 def plan_verb(verb):  # Experiment
@@ -113,7 +119,9 @@ def helper_command(verb, path, out):  # Experiment; plan; folder
 def collect_verb(verb, folder):  # Experiment; of a run
     "Scores, plan and records of a run's finished jobs in three files."
     from vugen.experiment.runner import Run, collect
-    for path in collect(Run(folder), verb.out or Path(folder) / "collected"): print(path)
+    out = verb.out or Path(folder) / "collected"
+    check_target(out, "folder")
+    for path in collect(Run(folder), out): print(path)
 
 
 def report_verb(verb, folder):  # Experiment; of a run or of collected results
