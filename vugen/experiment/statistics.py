@@ -30,7 +30,11 @@ __all__ = ['CHANCE', 'UNTRAINED', 'WORDS', 'NUMBERS', 'KINDS', 'MOST_FREEDOM', '
 # %% ../../nbs/experiment/statistics.ipynb #faf920dd
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "match": 1 / 2, "across": 1 / 6}  # of a scorer that guesses
 UNTRAINED = "untrained"  # in place of an arm: encoders that took no step, read by the probes alone
-def untrained_name(arm): return f"{UNTRAINED} {arm}"  # the same, of an arm whose encoder sees pictures in a way of its own
+
+def untrained_name(arm: str) -> str:
+    "What stands in place of an arm whose encoder sees pictures in a way of its own, before its first step"
+    return f"{UNTRAINED} {arm}"
+
 WORDS = ("arm", "moment", "readout", "suite", "family", "kind")
 NUMBERS = {"seed": "int16", "step": "int32", "samples": "int64", "gflops": "float64", "item": "int32", **dict.fromkeys(CHANCE, "uint8")}
 
