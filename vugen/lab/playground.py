@@ -337,6 +337,11 @@ def _makeable(folder):
         with tempfile.TemporaryDirectory(dir=folder, prefix="."): pass
     except OSError as error: raise UserError(f"{folder} cannot be written ({error.strerror}): name another folder with --keep.") from error
 
+def _leave(number, frame):
+    "End in order, so that visitors' files go; `make` passes on a signal that its group has had already, and a second one must not interrupt that."
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
 def launch(
     root: str | Path | None = None,  # checkpoint folder; the embedded ones by default
     port: int | None = None,  # a free one from 7860 on by default
@@ -366,6 +371,6 @@ def launch(
     end_twice(page)
     print(f"The playground is at {url} (Ctrl+C ends it)." + ("" if auth or host in ("127.0.0.1", "localhost", "::1") else " Everybody who reaches this machine can use it: set a user and a password with --user and VUGEN_PLAY_PASSWORD."), flush=True)
     if block:
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in order, so that visitors' files go
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, _leave)
         page.block_thread()
     return page, url
