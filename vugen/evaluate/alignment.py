@@ -175,9 +175,6 @@ def _judge_cosines(matcher, prefix):
         return [{"prompt": job.payload.prompt, "cosine": found.get(place), "problem": problems.get(place, "")} for place, job in enumerate(jobs)]
     return judge
 
-def _seen(path): # the file, or that there is none
-    return path if path.is_file() else "missing"
-
 def clip_rows(
     records: Sequence[dict], # of `run_clip_score`
     backbone: str, # its name
@@ -203,7 +200,7 @@ def run_clip_score(
     progress: Callable | None = None, # called with (pictures done, pictures in all)
 ) -> tuple[list[dict], dict[str, str]]: # rows, notes
     "Score pictures against their prompts, resumed from the store"
-    jobs = [Job(shot.key, digest_of(shot.prompt, _seen(shot.path)), shot) for shot in shots]
+    jobs = [Job(shot.key, digest_of(shot.prompt, shot.path), shot) for shot in shots]
     mark, about = (digest_of("clipscore", matcher.fingerprint, prefix), {"suite": "clipscore", "backbone": matcher.name, "prefix": prefix}) if matcher else ("", {})
     records = judged(store, mark, jobs, _judge_cosines(matcher, prefix) if matcher else None, about, batch_size, progress)
     about, bad = store.about(), [record for record in records if record["problem"]]
