@@ -532,7 +532,7 @@ def test_a_past_result_ends_what_runs_and_stays(page):
     for _ in range(2):  # with another picture, and with its own
         page.get_by_role("button", name="Reconstruct", exact=True).click()
         page.wait_for_timeout(150)
-        past(page).first.click()
+        tile(page, "Reconstruct: a red circle left of a blue square, seed 0").click()  # by name: what runs may end just before, and then stands first
         page.wait_for_timeout(5000)
         assert answer_of(page, "#kept") == kept and page.locator("#reconstructions img").count() == 3 and page.locator("#json-reconstruct").is_enabled()
         page.locator("#decoder-steps input[type=number]").fill("50")
@@ -548,7 +548,7 @@ def test_a_past_result_ends_what_runs_and_stays(page):
     page.get_by_role("button", name="Generate", exact=True).click()
     page.wait_for_function("() => document.querySelectorAll('#generated img').length > 1", timeout=WAIT)
     page.locator("#json-generate[disabled]").wait_for(state="attached", timeout=WAIT)  # it would be that of the answer before
-    past(page).first.click()
+    tile(page, "Generate: a red circle, seed 0").click()
     wait_for(page, "prompt", "a red circle")
     page.wait_for_timeout(5000)
     assert answer_of(page, "#told") == told and page.locator("#generated img").count() == 1 and page.locator("#json-generate").is_enabled()
